@@ -1706,7 +1706,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def shutdown_request(self, request):
         """In a thread: the connection goes back to the main thread."""
         self.returned.append(request)
-        if self.asleep:
+        if self.asleep and not self.jobs:
             self.asleep = False
             self.bell.ring()
 
