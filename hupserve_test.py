@@ -1,0 +1,2677 @@
+"""The second half of the lesson: what hupserve promises, each promise as a test that fails without it.
+
+    python -m pytest hupserve_test.py                        all of it: two to three minutes
+    HUPSERVE_CORE=1 python -m pytest hupserve_test.py        the core: no operator's things, nothing that takes long
+    HUPSERVE_PYTHON=/path/to/python ...                      another interpreter for the server
+
+Nothing here is mocked. Every test starts hupserve as its operator would, speaks to it in bytes over 127.0.0.1, ::1
+or a unix socket, sends it signals, and looks at it from outside: answers, log, exit status, /proc (so: Linux).
+
+    the harness         until, processes, Server, Client, Load, and the application under the tests
+    the invariants      DESIGN's promises 1 to 13, in order
+    the reload          what can change, what is refused, what takes long
+    the mistakes        an operator's, at start, with --check and at a reload
+    the signals         who may send what to whom
+    the exchange        raw bytes in, status and end of the connection out: a table that reads like RFC 9112
+    the responses       what applications may do, and what they may not
+    the slow            clients that take their time
+    the operator        TLS, unix sockets, systemd, terminals, logs, full disks
+
+A test waits for conditions (until), never for time, except where time itself is the promise.
+"""
+import collections
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import pty
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+from pathlib import Path
+from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGSTOP, SIGTERM, SIGUSR1
+
+import pytest
+
+HUPSERVE = Path(__file__).resolve().with_name("hupserve.py")
+PYTHON = os.environ.get("HUPSERVE_PYTHON", sys.executable)
+DEADLINE = 30  # seconds for whatever must happen; only a failing test waits that long
+
+beyond_core = pytest.mark.skipif("HUPSERVE_CORE" in os.environ, reason="HUPSERVE_CORE: only the core")
+
+
+# ==== the harness ====================================================================================================
+
+def until(condition, what="", deadline=DEADLINE):
+    """Wait for the condition to hold, and return what it returned."""
+    end = time.monotonic() + deadline
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"waited {deadline} s for {what or 'a condition'}"
+        time.sleep(0.01)
+
+
+Process = collections.namedtuple("Process", "pid state parent group session cpu")
+
+
+def processes():
+    """Every process there is. A session's number stays with whatever its first process starts."""
+    found = []
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            text = Path("/proc", entry, "stat").read_text(errors="replace")
+            fields = text.rpartition(")")[2].split()
+            cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            found.append(Process(int(entry), fields[0], int(fields[1]), int(fields[2]), int(fields[3]), cpu))
+    return found
+
+
+def alive(pid):
+    return any(process.pid == pid and process.state != "Z" for process in processes())
+
+
+def descriptors(pid):
+    """What the process holds open: {descriptor: "socket:[inode]" or "pipe:[inode]" or a path}."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError):
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found[int(number)] = os.readlink(f"/proc/{pid}/fd/{number}")
+    return found
+
+
+def listening():
+    """The machine's listening TCP sockets: {"socket:[inode]": port}."""
+    rows = [line.split() for family in ("tcp", "tcp6") if os.path.exists(f"/proc/net/{family}")
+            for line in Path("/proc/net", family).read_text().splitlines()]
+    return {f"socket:[{row[9]}]": int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
+
+
+def ports_of(pid):
+    """The ports on which this process holds a listening socket."""
+    ports = listening()
+    return {ports[link] for link in descriptors(pid).values() if link in ports}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def refused(port):
+    """Nobody listens there."""
+    try:
+        Client(port).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def importable(module):
+    """The server's interpreter has this module."""
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([PYTHON, "-c", code], cwd="/", stderr=subprocess.DEVNULL).returncode == 0
+
+
+class Server:
+    """hupserve in a folder of its own: its ini, its application, its process, its log.
+
+    As a context manager it starts, and at the end stops and looks around: exit status 0, no process left, no
+    traceback in the log (unless the test has set `tracebacks`).
+    """
+
+    APP = "[app:main]\npaste.app_factory = app:factory\ngreeting = hello\n"
+    STATUS = ("[pipeline:main]\npipeline = status app\n"
+              "[filter:status]\npaste.filter_factory = hupserve:status_filter\npath = /status\n"
+              + APP.replace("app:main", "app:app", 1))
+
+    def __init__(self, folder, sections=APP, code=None, prefix=(), env=(), port=None, terminal=False, popen=(), **keys):
+        self.folder = Path(folder)
+        self.ini = self.folder / "hupserve.ini"
+        self.stderr = self.folder / "stderr"
+        self.sections, self.keys = sections, {"listen": f"127.0.0.1:{port or 0}", "workers": 2, **keys}
+        self.prefix, self.env, self.popen = list(prefix), {**os.environ, **dict(env)}, dict(popen)
+        self.port = port  # given where the first line cannot be read
+        self.terminal = terminal
+        self.tracebacks = False
+        self.write_app(code or APPLICATION)
+
+    def put(self, name, text):
+        """Replace a file by a rename: nobody ever reads half of it."""
+        (self.folder / "new").write_text(text)
+        os.replace(self.folder / "new", self.folder / name)
+
+    def write_app(self, code):
+        self.put("app.py", code)
+
+    def write(self, sections=None, **keys):
+        """Change the ini; a key of None is left out."""
+        self.sections = self.sections if sections is None else sections
+        self.keys.update(keys)
+        lines = [f"{key} = {value}\n" for key, value in self.keys.items() if value is not None]
+        self.put(self.ini.name, "[server:main]\n" + "".join(lines) + "\n" + self.sections)
+
+    def __enter__(self):
+        self.write()
+        self.start()
+        return self
+
+    def start(self):
+        def fresh():  # whatever this process ignores
+            for number in (SIGHUP, SIGINT, SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            if self.terminal:
+                fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal of this session, as after a login
+
+        with open(self.stderr, "ab") as log:
+            self.process = subprocess.Popen(
+                [*self.prefix, PYTHON, str(HUPSERVE), str(self.ini)], cwd=self.folder, env=self.env,
+                start_new_session=True, preexec_fn=fresh,
+                **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **self.popen})
+        self.pid = self.process.pid
+        try:
+            ready = self.answers if self.port else self.first_line
+            until(lambda: ready() or self.process.poll() is not None, "the server to start")
+            assert self.process.poll() is None, "the server has ended"
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
+
+    def first_line(self):
+        found = re.search(r" on (.+) with (\d+) workers?; to reload it: kill -HUP (\d+)\n", self.log())
+        if found:
+            self.addresses = found[1].split()
+            self.port = int("0" + self.addresses[0].rpartition(":")[2].strip("/")) if "://" in found[1] else None
+        return found
+
+    def answers(self):
+        return not refused(self.port)
+
+    def __exit__(self, error, *_):
+        """Ends it, gently unless the test has failed already, and leaves nothing behind either way."""
+        self.release("all")
+        status, left = 0, []
+        if error is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if self.process.poll() is None:
+                    self.signal(SIGINT)  # INT gives idle connections no grace
+                    status = self.process.wait(DEADLINE)
+            with contextlib.suppress(AssertionError):
+                until(lambda: not self.others(), deadline=10)
+            left = self.others()
+        for pid in self.others():
+            os.kill(pid, SIGKILL)
+        self.process.wait(DEADLINE)
+        print(self.ini.read_text() if self.ini.is_file() else "", self.log(), sep="\n---- log ----\n")
+        if error is None:
+            assert (status, left) == (0, []), "exit status, processes left behind"
+            assert self.tracebacks or "Traceback" not in self.log()
+
+    def signal(self, number=SIGHUP):
+        os.kill(self.pid, number)
+
+    def stop(self, number=SIGTERM, status=0):
+        self.signal(number)
+        assert self.process.wait(DEADLINE) == status
+
+    def log(self, file="stderr"):
+        path = self.folder / file
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def wait_log(self, pattern, since=0, file="stderr"):
+        """The first match of the pattern in what was logged since that length of the log."""
+        return until(lambda: re.search(pattern, self.log(file)[since:]), f"a log line like {pattern!r}")
+
+    def reload(self, expect=r"generation (\d+) serves.*", **changes):
+        """Change the ini, send SIGHUP, wait until the new generation serves: its number."""
+        since = len(self.log())
+        if changes:
+            self.write(**changes)
+        self.signal(SIGHUP)
+        found = self.wait_log(expect, since)
+        return int(found[1]) if found.re.groups else found[0]
+
+    def others(self):
+        """Every process of its session, the master included."""
+        return [process.pid for process in processes() if process.session == self.pid and process.state != "Z"]
+
+    def workers(self):
+        return {process.pid for process in processes() if process.parent == self.pid and process.state != "Z"}
+
+    def zombies(self):
+        return [process for process in processes() if process.parent == self.pid and process.state == "Z"]
+
+    def connect(self, **keywords):
+        return Client(self.port, **keywords)
+
+    def get(self, target="/", *fields):
+        """One request on a connection of its own."""
+        with self.connect() as client:
+            return client.get(target, *fields)
+
+    def hold(self, name):
+        """A request that is in flight until release(name); returned when the application has begun with it."""
+        client = self.connect()
+        client.request("GET", f"/hold?{name}")
+        client.worker = int(until((self.folder / f"{name}.began").exists, f"{name} to begin")
+                            and (self.folder / f"{name}.began").read_text())
+        return client
+
+    def release(self, *names):
+        for name in names:
+            (self.folder / name).touch()
+
+    def status(self):
+        return self.get("/status?format=json").json["workers"]
+
+
+class Cut(ConnectionError):
+    """The connection ended before the answer was whole."""
+
+
+class Answer(collections.namedtuple("Answer", "status headers body")):
+    __slots__ = ()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def closes(self):
+        return self.headers.get("connection", "").lower() == "close"
+
+
+class Client:
+    """One connection, with a reader that notices whatever is missing and leaves the surplus in `buffer`."""
+
+    def __init__(self, address, tls=None, receive_buffer=None, source=None):
+        """The address is a port of 127.0.0.1, a (host, port) or the path of a unix socket."""
+        address = ("127.0.0.1", address) if isinstance(address, int) else address
+        family = (socket.AF_UNIX if isinstance(address, (str, Path)) else
+                  socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        self.socket = socket.socket(family)
+        self.socket.settimeout(DEADLINE)
+        self.buffer = bytearray()
+        try:
+            if receive_buffer:  # a small one makes a slow reader
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            self.socket.connect(str(address) if family == socket.AF_UNIX else address)
+            if tls:
+                self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self.socket.close()
+
+    def send(self, data):
+        self.socket.sendall(data)
+        return self
+
+    def request(self, method, target, body=b"", *fields):
+        lines = [f"{method} {target} HTTP/1.1", "Host: test", *fields]
+        lines += [f"Content-Length: {len(body)}"] if body else []
+        return self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+
+    def get(self, target="/", *fields):
+        return self.request("GET", target, b"", *fields).answer()
+
+    def post(self, target, body, *fields):
+        return self.request("POST", target, body, *fields).answer()
+
+    def more(self):
+        data = self.socket.recv(1 << 16)
+        if not data:
+            raise Cut(f"the connection ended after {bytes(self.buffer[-200:])!r}")
+        self.buffer += data
+
+    def take(self, size):
+        while len(self.buffer) < size:
+            self.more()
+        data = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return data
+
+    def take_until(self, mark):
+        while mark not in self.buffer:
+            self.more()
+        return self.take(self.buffer.index(mark) + len(mark))[:-len(mark)]
+
+    def answer(self, method="GET"):
+        """Read one answer, byte for byte what RFC 9112 says it is."""
+        first, *fields = self.take_until(b"\r\n\r\n").decode("latin-1").split("\r\n")
+        assert re.fullmatch(r"HTTP/1\.1 [1-5]\d\d [\t -\xff]*", first), first
+        pairs = [(name.lower(), value.strip()) for name, colon, value in (field.partition(":") for field in fields)]
+        status, headers = int(first[9:12]), dict(pairs)
+        assert [name for name, _ in pairs].count("content-length") <= 1, fields
+        assert not ("content-length" in headers and "transfer-encoding" in headers), fields
+        if method == "HEAD" or status < 200 or status in (204, 304):
+            body = b""
+        elif headers.get("transfer-encoding") == "chunked":
+            body = b""
+            while True:
+                size = int(self.take_until(b"\r\n"), 16)
+                body += self.take(size)
+                assert self.take(2) == b"\r\n"
+                if not size:
+                    break
+        elif "content-length" in headers:
+            body = self.take(int(headers["content-length"]))
+        else:
+            with contextlib.suppress(Cut):
+                while True:
+                    self.more()
+            body = self.take(len(self.buffer))
+        return Answer(status, headers, body)
+
+    def ended(self):
+        """Nothing more is on the wire and the connection has ended in good order (a reset raises)."""
+        return not self.buffer and self.socket.recv(1) == b""
+
+
+class Load:
+    """Clients in threads, some on kept-alive connections and some on a new one per request.
+
+    A request is lost unless its complete and correct answer comes back, whatever the reason.
+    """
+
+    def __init__(self, server, keep=6, closing=3, pause=0.0):
+        self.port, self.pause = server.port, pause
+        self.answered, self.lost = [], []  # (generation, pid, seconds), reasons
+        self.numbers, self.stopping = itertools.count(), threading.Event()
+        self.threads = [threading.Thread(target=self.client, args=(number < keep,)) for number in range(keep + closing)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopping.set()
+        for thread in self.threads:
+            thread.join(2 * DEADLINE)
+
+    def client(self, keep):
+        connection, fields = None, [] if keep else ["Connection: close"]
+        while not self.stopping.is_set():
+            token, began = f"{next(self.numbers)}", time.monotonic()
+            try:
+                connection = connection or Client(self.port)
+                answer = connection.post(f"/?{token}", token.encode() * 20, *fields)
+                assert answer.status == 200 and answer.json["QUERY_STRING"] == token, answer
+                assert answer.json["body"] == token * 20, answer
+                closes = answer.closes
+                self.answered.append((answer.json["hupserve.generation"], answer.json["pid"],
+                                      time.monotonic() - began))
+            except Exception as error:  # whatever it is, this request was lost
+                self.lost.append(f"{type(error).__name__}: {error}"[:300])
+                closes = True
+            if closes and connection:
+                connection.close()
+                connection = None
+            if self.pause:
+                self.stopping.wait(random.uniform(0, self.pause))
+        if connection:
+            connection.close()
+
+    def more(self, count=100):
+        """Wait for so many more answers. Returns them."""
+        before = len(self.answered)
+        until(lambda: len(self.answered) >= before + count or self.lost, f"{count} more answers")
+        assert not self.lost, self.lost[:5]
+        return self.answered[before:]
+
+
+@pytest.fixture
+def folder():
+    with tempfile.TemporaryDirectory(prefix="hupserve") as path:  # short: a unix socket's path is at most 107 bytes
+        yield Path(path)
+
+
+@pytest.fixture
+def serve(folder):
+    """Start a server; it is stopped, and looked after, at the end of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **keywords: stack.enter_context(Server(folder, *args, **keywords))
+
+
+@contextlib.contextmanager
+def shared_server(**keywords):
+    with tempfile.TemporaryDirectory(prefix="hupserve") as path, Server(path, **keywords) as server:
+        yield server
+
+
+# The application under the tests: the first part of the path names what it does, and whatever it does not know it
+# answers with what it saw. It is a text, because the server's interpreter may be another one.
+
+APPLICATION = r'''
+import io, json, logging, os, signal, subprocess, sys, time, wsgiref.validate
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+with open(os.path.join(HERE, "imports"), "a") as file:
+    file.write(f"{os.getpid()}\n")
+
+def factory(global_conf, **settings):
+    def app(environ, start_response):
+        environ["greeting"] = settings.get("greeting")
+        return application(environ, start_response)
+    return app
+
+def application(environ, start_response):
+    name = environ["PATH_INFO"].split("/")[1]
+    return globals().get("do_" + name, echo)(environ, start_response)
+
+def text(start_response, body, *headers, status="200 OK"):
+    body = body.encode("latin-1") if isinstance(body, str) else body
+    start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(body))), *headers])
+    return [body]
+
+def echo(environ, start_response):
+    body = environ["wsgi.input"].read().decode("latin-1")
+    seen = {key: value for key, value in environ.items() if isinstance(value, (str, int, bool))}
+    return text(start_response, json.dumps({**seen, "body": body, "pid": os.getpid()}))
+
+def do_hold(environ, start_response):
+    """In flight until the file appears that the query names."""
+    path = os.path.join(HERE, environ["QUERY_STRING"])
+    with open(path + ".part", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(path + ".part", path + ".began")
+    while not os.path.exists(path) and not os.path.exists(os.path.join(HERE, "all")):
+        time.sleep(0.01)
+    return echo(environ, start_response)
+
+def do_size(environ, start_response):
+    size = 0
+    while True:
+        data = environ["wsgi.input"].read(1 << 16)
+        if not data:
+            return text(start_response, str(size))
+        size += len(data)
+
+def do_big(environ, start_response):
+    return text(start_response, b"0123456789abcdef" * (int(environ["QUERY_STRING"]) // 16))
+
+def do_unread(environ, start_response):
+    return text(start_response, "not read")
+
+def do_environment(environ, start_response):
+    return text(start_response, json.dumps(dict(os.environ)))
+
+def do_children(environ, start_response):
+    """What a child of the application is born with: by fork its descriptors, by exec its signals."""
+    path = os.path.join(HERE, "child")
+    pid = os.fork()
+    if pid == 0:
+        links = []
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                links.append(os.readlink("/proc/self/fd/" + number))
+            except OSError:
+                pass
+        with open(path, "w") as file:
+            file.write("\n".join(links))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    status = subprocess.run(["cat", "/proc/self/status"], stdout=subprocess.PIPE, universal_newlines=True).stdout
+    with open(path) as file:
+        return text(start_response, json.dumps([file.read().split("\n"), dict(
+            line.split(":\t") for line in status.splitlines() if line.startswith("Sig"))]))
+
+def do_orphan(environ, start_response):
+    """A grandchild whose parent is gone: process 1 inherits it."""
+    if os.fork() == 0:
+        if os.fork() == 0:
+            time.sleep(0.2)
+        os._exit(0)
+    os.wait()
+    return text(start_response, "orphaned")
+
+def do_exit(environ, start_response):
+    os._exit(3)
+
+def do_log(environ, start_response):
+    logging.getLogger("app").warning("50%% of %s", environ["QUERY_STRING"])
+    print("to wsgi.errors", file=environ["wsgi.errors"])
+    return text(start_response, "logged")
+
+# ---- what applications may do ----
+
+def do_stream(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    yield b"one "
+    yield b""
+    yield b"two"
+
+def do_list(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"hello"]
+
+def do_204(environ, start_response):
+    start_response("204 No Content", [])
+    return []
+
+def do_304(environ, start_response):
+    start_response("304 Not Modified", [("Content-Length", "5")])
+    return [b"hello"]
+
+def do_write(environ, start_response):
+    write = start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "7")])
+    write(b"one ")
+    return [b"two"]
+
+def do_replaced(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    try:
+        raise ValueError("a mistake")
+    except ValueError:
+        start_response("503 Busy", [("Content-Type", "text/plain"), ("Content-Length", "8")], sys.exc_info())
+    return [b"replaced"]
+
+class Closing:
+    """An iterable that says when it was closed."""
+    def __init__(self, parts, name):
+        self.parts, self.path = iter(parts), os.path.join(HERE, name + ".closed")
+    def __iter__(self):
+        return self.parts
+    def close(self):
+        open(self.path, "a").write("closed\n")
+
+def do_closing(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return Closing([b"one ", b"two"], environ["QUERY_STRING"])
+
+def do_endless(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return Closing(iter(lambda: b"x" * 65536, None), environ["QUERY_STRING"])
+
+class ClosingFile(io.BytesIO):
+    def close(self):
+        open(os.path.join(HERE, "file.closed"), "a").write("closed\n")
+        super().close()
+
+def do_file(environ, start_response):
+    """A file from an offset on: /file?<offset>,<announced length or nothing>."""
+    offset, length = environ["QUERY_STRING"].split(",")
+    file = open(os.path.join(HERE, "data"), "rb")
+    file.seek(int(offset))
+    start_response("200 OK", [("Content-Type", "text/plain")] + ([("Content-Length", length)] if length else []))
+    return environ["wsgi.file_wrapper"](file, 4096)
+
+def do_filelike(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return environ["wsgi.file_wrapper"](ClosingFile(b"like a file"))
+
+def do_close(environ, start_response):
+    return text(start_response, "closing", ("Connection", "close"))
+
+def do_hop(environ, start_response):
+    return text(start_response, "hop", ("Connection", "X-Hop"), ("Keep-Alive", "timeout=9"), ("Upgrade", "h2c"),
+                ("Proxy-Authenticate", "Basic"), ("TE", "gzip"), ("Trailer", "X"), ("X-Kept", "yes"))
+
+# ---- what they may not ----
+
+def do_crlf(environ, start_response):
+    return text(start_response, "x", ("X-Bad", "a\r\nX-Injected: b"))
+
+def do_crlfname(environ, start_response):
+    return text(start_response, "x", ("X-Bad: a\r\nX-Injected", "b"))
+
+def do_crlfstatus(environ, start_response):
+    return text(start_response, "x", status="200 OK\r\nX-Injected: b")
+
+def do_short(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "10")])
+    return [b"short"]
+
+def do_surplus(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "5")])
+    return [b"hel", b"loSURPLUS", b"SURPLUS"]
+
+def do_surpluswrite(environ, start_response):
+    write = start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "5")])
+    try:
+        write(b"helloSURPLUS")
+    except Exception:
+        pass
+    return []
+
+def do_raise(environ, start_response):
+    raise ValueError("the application's own mistake")
+
+def do_raisemidway(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    yield b"one "
+    raise ValueError("the application's own mistake")
+
+def do_late(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    yield b"one "
+    try:
+        raise ValueError("the application's own mistake")
+    except ValueError:
+        start_response("500 Late", [], sys.exc_info())
+    yield b"never seen"
+
+def do_nothing(environ, start_response):
+    return [b"no start_response"]
+
+def do_twice(environ, start_response):
+    start_response("200 OK", [])
+    start_response("200 OK", [])
+    return [b"twice"]
+
+def do_none(environ, start_response):
+    start_response("200 OK", [])
+
+def do_str(environ, start_response):
+    start_response("200 OK", [])
+    return ["not bytes"]
+
+def do_sysexit(environ, start_response):
+    sys.exit("an application that calls sys.exit()")
+
+def validate(global_conf):
+    return wsgiref.validate.validator
+'''
+GATE = "import os, time\nwhile os.path.exists('gate'):\n    time.sleep(0.01)\n"  # an import that takes its time
+BROKEN = "raise RuntimeError('this application does not import')\n"
+
+
+# ==== the invariants =================================================================================================
+
+def told(worker):
+    """The worker has been told to drain: it has closed its listeners."""
+    return not ports_of(worker)
+
+
+def test_1_no_client_is_refused_or_reset_across_reloads(serve):
+    """Guards: the new are started before the old are told, the listener is kept, idle connections get a grace."""
+    server = serve()
+    with Load(server, keep=8, closing=4) as busy, Load(server, keep=40, closing=0, pause=0.5) as idle:
+        for _ in range(8):
+            server.reload()
+            busy.more(100)
+    assert busy.lost + idle.lost == []
+    assert {generation for generation, _, _ in busy.answered} == set(range(1, 10))
+
+
+def test_1_nor_when_200_sighups_come_in_a_row(serve):
+    """Guards: a SIGHUP during a reload is remembered; the last one's configuration and code win."""
+    server = serve(workers=3)
+    with Load(server) as load:
+        for number in range(200):
+            server.write_app(APPLICATION + "#" * number)
+            server.write(server.APP.replace("hello", f"hello {number}"), workers=2)
+            server.signal()
+            load.more(1)
+        until(lambda: {server.get().json["greeting"] for _ in range(10)} == {"hello 199"}, "the newest configuration")
+        until(lambda: len(server.workers()) == 2 and not server.zombies(), "two workers and no zombie")
+    assert load.lost == []
+
+
+def test_1_an_idle_connection_gets_its_grace(serve):
+    """Guards: idle_grace. Who speaks within it is answered, with Connection: close; who does not is closed."""
+    server = serve(workers=1, idle_grace=3)
+    fresh, speaks, silent = server.connect(), server.connect(), server.connect()
+    old = speaks.get().json["pid"]
+    assert silent.get().json["pid"] == old
+    server.reload()
+    until(lambda: told(old))
+    for client in (speaks, fresh):  # fresh has connected, but never said anything before
+        answer = client.get()
+        assert answer.closes and answer.json["pid"] == old and client.ended()
+    assert silent.ended()
+    until(lambda: not alive(old))
+
+
+@pytest.mark.parametrize("why", ["idle_grace", "keepalive_timeout"])
+def test_1_a_connection_is_read_once_more_before_it_is_closed(serve, why):
+    """Guards: the last look. A request that came in time is answered, however late the worker gets to it."""
+    server = serve(workers=1, **{why: 3})
+    with server.connect() as client:
+        worker = client.get().json["pid"]
+        if why == "idle_grace":
+            server.reload()
+            until(lambda: told(worker))
+        os.kill(worker, SIGSTOP)
+        client.request("GET", "/late")
+        time.sleep(3.5)  # its time is over
+        os.kill(worker, SIGCONT)
+        assert client.answer().json["pid"] == worker
+
+
+@pytest.mark.parametrize("how", ["a reload", "a graceful stop", "a worker's replacement"])
+def test_2_what_has_begun_is_answered_across(serve, how):
+    """Guards: the whole drain. In flight, pipelined, waiting for a thread, queued, half read, idle in its grace."""
+    server = serve(workers=1, threads=1, idle_grace=20, header_timeout=60)
+    waiting, half, idle = server.connect(), server.connect(), server.connect()
+    waiting.get()
+    idle.get()
+    half.send(b"GET /half HTTP/1.1\r\nHo")
+    busy = server.hold("busy")
+    waiting.request("GET", "/waiting")
+    queued = server.connect()
+    queued.request("GET", "/queued")
+    busy.request("GET", "/second")
+    busy.request("GET", "/third")
+    if how == "a reload":
+        server.reload()
+    else:
+        os.kill(server.pid if how == "a graceful stop" else busy.worker, SIGTERM)
+    until(lambda: told(busy.worker))
+    half.send(b"st: test\r\n\r\n")
+    idle.request("GET", "/idle")
+    if how != "a graceful stop":
+        assert queued.answer().json["pid"] != busy.worker, "the new worker has taken over while the old one is busy"
+    server.release("busy")
+    answers = [busy.answer(), busy.answer(), busy.answer()]
+    assert [answer.json["PATH_INFO"] for answer in answers] == ["/hold", "/second", "/third"]
+    assert answers[-1].closes and busy.ended()
+    for client, path in (waiting, "/waiting"), (half, "/half"), (idle, "/idle"):
+        answer = client.answer()
+        assert answer.json["PATH_INFO"] == path and answer.json["pid"] == busy.worker
+        assert answer.closes and client.ended()
+    if how == "a graceful stop":
+        assert queued.answer().json["PATH_INFO"] == "/queued"
+        assert server.process.wait(DEADLINE) == 0
+    else:
+        until(lambda: not alive(busy.worker))
+        assert len(server.workers()) == 1
+
+
+def test_2_long_requests_cross_two_reloads_whole(serve):
+    """Guards: a drain has no limit of its own (drain_timeout = 0)."""
+    server = serve(workers=1)
+    small, large, chunked, download = (server.connect(receive_buffer=4096) for _ in range(4))
+    small.send(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 2000\r\n\r\n" + b"s" * 1000)
+    large.send(b"POST /size HTTP/1.1\r\nHost: test\r\nContent-Length: 2000000\r\n\r\n" + b"l" * 1000)
+    chunked.send(b"POST /size HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n" + b"c" * 100)
+    download.request("GET", "/big?16000000")
+    download.more()
+    held = server.hold("held")  # by now the worker has accepted them all
+    server.reload()
+    server.reload()
+    assert server.get().json["hupserve.generation"] == 3
+    assert download.answer().body == b"0123456789abcdef" * 1000000
+    assert small.send(b"s" * 1000).answer().json["body"] == "s" * 2000
+    assert large.send(b"l" * 1999000).answer().body == b"2000000"
+    assert chunked.send(b"c" * 900 + b"\r\n5\r\nhello\r\n0\r\n\r\n").answer().body == b"1005"
+    assert alive(held.worker)
+    server.release("held")
+    assert held.answer().json["hupserve.generation"] == 1
+    until(lambda: not alive(held.worker))
+
+
+@pytest.mark.parametrize("why", ["the application does not import", "a worker exits while it boots",
+                                 "a worker is never ready", "an address is taken"])
+def test_3_a_reload_commits_whole_or_changes_nothing(serve, why):
+    """Guards: ready before commit; new addresses listen at the commit only; the roll-back."""
+    server = serve(boot_timeout=20)
+    server.tracebacks = True
+    before, workers, new = sorted(descriptors(server.pid).values()), server.workers(), free_port()
+    changes = {"listen": f"127.0.0.1:0 127.0.0.1:{new}", "workers": 3, "boot_timeout": 20,
+               "sections": server.APP.replace("hello", "good bye")}
+    mistake = {}
+    with Load(server) as load, socket.socket() as taken:
+        if why == "the application does not import":
+            server.write_app(BROKEN + APPLICATION)
+        elif why == "a worker exits while it boots":
+            server.write_app("import os\nos._exit(3)\n" + APPLICATION)
+        elif why == "a worker is never ready":
+            server.write_app(GATE + APPLICATION)
+            server.release("gate")
+            mistake["boot_timeout"] = 1
+        else:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            mistake["listen"] = "127.0.0.1:0 127.0.0.1:%d 127.0.0.1:%d" % (new, taken.getsockname()[1])
+        for _ in range(2):  # the next SIGHUP tries again
+            server.reload("reload rolled back: .+", **{**changes, **mistake})
+            assert refused(new)
+            until(lambda: server.workers() == workers, "the new workers to be gone")
+            until(lambda: sorted(descriptors(server.pid).values()) == before, "the master's descriptors to be what they were")
+        assert {generation for generation, _, _ in load.more()} == {1}
+        assert server.get().json["greeting"] == "hello"
+
+        server.write_app(APPLICATION + "# mended\n")
+        server.reload(**changes)
+        assert server.get().json["greeting"] == "good bye" and not refused(new)
+        until(lambda: len(server.workers()) == 3)
+    assert load.lost == []
+    assert ("RuntimeError: this application" in server.log()) == (why == "the application does not import")
+
+
+def test_4_no_old_worker_drains_before_every_new_one_is_ready(serve):
+    """Guards: the commit waits for all. One new worker is ready, the other still imports: nothing has changed."""
+    server = serve(workers=2)
+    server.write_app("import os, time\ntry:\n    os.mkdir('first')\nexcept FileExistsError:\n"
+                     "    while not os.path.exists('go'):\n        time.sleep(0.01)\n" + APPLICATION)
+    with Load(server) as load, server.connect() as client:
+        client.get()
+        server.signal()
+        until(lambda: len(server.log("imports").split()) == 3, "one new worker to have imported")
+        assert {generation for generation, _, _ in load.more(300)} == {1}
+        assert not client.get().closes and "generation 2" not in server.log()
+        server.release("go")
+        server.wait_log("generation 2 serves with 2 workers")
+        assert client.get().closes
+        until(lambda: load.more(10)[-1][0] == 2)
+    assert load.lost == []
+
+
+def test_4_an_old_worker_is_told_once(serve):
+    """Guards: the order's being given once. Later reloads do not give an idle connection its grace anew."""
+    server = serve(workers=1, idle_grace=2)
+    with server.connect() as client:
+        client.get()
+        client.socket.settimeout(0.5)
+        for _ in range(40):
+            server.signal()
+            with contextlib.suppress(socket.timeout):
+                assert client.ended()
+                return
+    pytest.fail("an idle connection lived for 20 s of reloads")
+
+
+def test_5_the_counter_is_exact_and_a_worker_leaves_only_at_zero(serve):
+    """Guards: one writer. Every hand-over is counted, every hand-back taken off, whatever the request comes to."""
+    server = serve(Server.STATUS, workers=1, threads=8)
+    server.tracebacks = True
+
+    def in_flight():
+        [worker] = [worker for worker in server.status() if worker["generation"] == 1]
+        return worker["in_flight"]
+
+    with Load(server) as load:
+        for path in ("/raise", "/short", "/endless?gone", "/raisemidway", "/crlf"):
+            with server.connect() as client:  # and it does not wait for the end of the answer
+                client.request("GET", path)
+                client.more()
+        load.more(500)
+    until(lambda: in_flight() == 1, "nothing but the status request itself to be in flight")
+    held = [server.hold(f"held{number}") for number in range(4)]
+    assert in_flight() == 5
+    server.reload()
+    for number, client in enumerate(held):
+        [old] = [worker for worker in server.status() if worker["generation"] == 1]
+        assert old["in_flight"] == 4 - number and alive(client.worker)
+        server.release(f"held{number}")
+        assert client.answer().status == 200 and client.ended()
+        until(lambda: [worker["in_flight"] for worker in server.status() if worker["generation"] == 1]
+              in ([3 - number], []))
+    until(lambda: not alive(held[0].worker))
+
+
+def test_6_a_TERM_is_heard_in_a_flood_of_HUPs(serve):
+    """Guards: flags beside the wake-up bytes: a pipe full of HUPs has no room for the byte of a TERM."""
+    server = serve()
+    for _ in range(100_000):
+        server.signal(SIGHUP)
+    server.stop(SIGTERM)
+
+
+def test_6_HUPs_during_a_reload_are_remembered_once(serve):
+    """Guards: a flag is not a queue."""
+    server = serve(workers=1)
+    server.write_app(GATE + APPLICATION)
+    server.release("gate")
+    server.signal()
+    until(lambda: len(server.workers()) == 2, "the new worker to import")
+    for _ in range(200):
+        server.signal()
+    (server.folder / "gate").unlink()
+    server.wait_log("generation 3 serves")
+    assert server.reload() == 4  # and not one of 200 that were still to come
+    assert len(server.log("imports").split()) == 4
+
+
+def test_7_a_worker_that_still_loads_dies_of_TERM_at_once(serve):
+    """Guards: a child takes back the default handlers before its signals are unblocked."""
+    server = serve(workers=1)
+    old = server.workers()
+    server.write_app(GATE + APPLICATION)
+    server.release("gate")
+    server.signal()
+    [new] = until(lambda: server.workers() - old, "the new worker")
+    os.kill(new, SIGTERM)
+    server.wait_log("reload rolled back: .+")
+    assert server.workers() == old and server.get().status == 200
+
+
+def test_7_no_signal_is_lost_around_a_fork(serve):
+    """Guards: signals are blocked around fork. A TERM for everybody, while they fork: all of them leave."""
+    server = serve(workers=4)
+    for attempt in range(6):
+        server.signal(SIGHUP)
+        if attempt:
+            since = len(server.workers())
+            until(lambda: len(server.workers()) != since, "a fork")
+        os.killpg(server.pid, SIGTERM)
+        assert server.process.wait(DEADLINE) == 0
+        until(lambda: not server.others())
+        server.stderr.unlink()
+        server.port = None
+        server.start()
+
+
+def test_7_a_worker_does_not_ring_the_masters_bell(serve):
+    """Guards: the wake-up descriptor is replaced in the child. Its signals are its own."""
+    server = serve()
+    with Load(server) as load:
+        for number in (SIGHUP, SIGINT, SIGUSR1) * 5:
+            for worker in server.workers():
+                os.kill(worker, number)
+        load.more()
+    assert load.lost == [] and "generation 2" not in server.log() and len(server.workers()) == 2
+
+
+def test_8_workers_outlive_no_master(serve):
+    """Guards: the line's end. The master is killed: what is in flight is finished, and the port is free."""
+    server = serve()
+    held = server.hold("held")
+    server.process.kill()
+    server.process.wait()
+    until(lambda: told(held.worker))
+    until(lambda: refused(server.port))
+    server.release("held")
+    answer = held.answer()
+    assert answer.status == 200 and answer.closes
+    until(lambda: not server.others(), "the workers to leave")
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", server.port))
+
+
+def test_9_a_worker_that_dies_is_replaced(serve):
+    """Guards: reap and spawn. The replacement runs the code on the disk under its generation's configuration."""
+    server = serve(workers=1)
+    server.write(server.APP.replace("hello", "not yet"), workers=3)
+    server.write_app(APPLICATION.replace('"pid": os', '"code": "new", "pid": os'))
+    [old] = server.workers()
+    os.kill(old, SIGKILL)
+    answer = server.get().json
+    assert (answer["code"], answer["greeting"], answer["hupserve.generation"]) == ("new", "hello", 1)
+    assert "replaced" in server.log() and len(server.workers()) == 1
+    with contextlib.suppress(Cut, ConnectionResetError):
+        server.get("/exit")  # it ends itself in the middle of a request
+    assert server.get().json["pid"] not in (old, answer["pid"])
+
+
+def test_9_a_crash_loop_backs_off(serve):
+    """Guards: 0, 0.2, 0.4 ... 5 s between replacements; the other worker serves on."""
+    server = serve(workers=2, code="import os, threading\nif os.path.exists('crash'):\n"
+                                   "    threading.Timer(0.2, os._exit, (3,)).start()\n" + APPLICATION)
+    server.release("crash")
+    with server.connect() as client:
+        healthy = client.get().json["pid"]
+        [other] = server.workers() - {healthy}
+        began = time.monotonic()
+        os.kill(other, SIGKILL)
+        while len(server.log("imports").split()) < 2 + 5:
+            assert client.get().json["pid"] == healthy
+            assert time.monotonic() < began + DEADLINE
+        assert time.monotonic() - began > 0.2 + 0.4 + 0.8 + 1.6
+    (server.folder / "crash").unlink()
+    until(lambda: server.get().json["pid"] != healthy, "the mended worker to serve")
+
+
+def test_9_a_worker_told_by_somebody_else_is_replaced_at_that_moment(serve):
+    """Guards: the worker says on its line that it drains. It is replaced at once, and not at its end."""
+    server = serve(workers=1)
+    held = server.hold("held")
+    os.kill(held.worker, SIGTERM)
+    assert server.get().json["pid"] != held.worker
+    assert held.worker in server.workers()
+    server.release("held")
+    assert held.answer().closes
+    until(lambda: len(server.workers()) == 1)
+
+
+def test_10_a_slow_client_costs_no_thread(serve):
+    """Guards: heads and small bodies are received by the main thread. Two threads, 700 slow clients, no delay."""
+    server = serve(workers=1, threads=2, header_timeout=120)
+    with contextlib.ExitStack() as stack:
+        silent, idle, heads, bodies = ([stack.enter_context(server.connect()) for _ in range(number)]
+                                       for number in (200, 200, 200, 100))
+        for client in idle:
+            client.get()
+        for client in heads:
+            client.send(b"GET /slow HTTP/1.1\r\nHo")
+        for client in bodies:
+            client.send(b"POST /slow HTTP/1.1\r\nHost: test\r\nContent-Length: 60000\r\n\r\n" + b"b" * 100)
+        for _ in range(50):
+            assert server.get().status == 200
+        for client in heads:
+            assert client.send(b"st: test\r\n\r\n").answer().json["PATH_INFO"] == "/slow"
+        for client in bodies:
+            assert client.send(b"b" * 59900).answer().json["body"] == "b" * 60000
+        for client in silent + idle:
+            assert client.get().status == 200
+
+
+CLOSING = {  # what is sent, and what must arrive whole although more had been sent
+    "pipelined after the last": (b"GET /big?1000000 HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+                                 + b"GET / HTTP/1.1\r\nHost: test\r\n\r\n" * 3000, 200, 1000000),
+    "too long an upload": (b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 4000000\r\n\r\n" + b"x" * 4000000, 413, 0),
+    "too long a chunked one": (b"POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+                               + (b"ffff\r\n" + b"x" * 0xFFFF + b"\r\n") * 60 + b"0\r\n\r\n", 413, 0),
+    "an unread upload": (b"POST /unread HTTP/1.1\r\nHost: test\r\nContent-Length: 900000\r\n\r\n" + b"x" * 900000, 200, 8),
+    "a refused head": (b"GET / HTTP/1.1\r\nHost : test\r\n\r\n" + b"x" * 1000000, 400, 0),
+}
+
+
+@pytest.mark.parametrize("what", CLOSING)
+def test_11_no_answer_is_lost_to_a_reset_of_our_own(serve, what):
+    """Guards: the sending side is shut down first and input discarded until its end."""
+    sent, status, size = CLOSING[what]
+    server = serve(max_body=1000000)
+    for _ in range(20):
+        with server.connect() as client:
+            answer = client.send(sent).answer()
+            assert answer.status == status and len(answer.body) >= size
+            assert client.ended()
+
+
+def test_11_but_discards_for_two_seconds_at_most(serve):
+    """Guards: the end of the lingering: a client that goes on sending is not listened to for ever."""
+    server = serve(max_body=1000)
+    with server.connect() as client:
+        client.send(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 4000000\r\n\r\n")
+        assert client.answer().status == 413
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < began + DEADLINE:
+                client.send(b"x")
+                time.sleep(0.1)
+        assert time.monotonic() > began + 1
+
+
+def test_12_a_child_keeps_no_descriptor_that_is_not_its_generations(serve):
+    """Guards: what a fork inherits is closed. Listeners, lines, bells and selectors of others."""
+    server = serve(workers=2)
+
+    def kinds(pid):
+        return collections.Counter(link.split(":")[0] for link in descriptors(pid).values())
+
+    first, master, added = kinds(min(server.workers())), kinds(server.pid), free_port()
+    old = server.hold("old")  # a worker of generation 1 lives as long as the test
+    kept = server.keys["listen"]
+    server.reload(listen=f"{kept} 127.0.0.1:{added}")
+    assert ports_of(server.pid) == {server.port, added}
+    for _ in range(2):
+        server.reload(listen=kept)
+        until(lambda: len(server.workers()) == 3)
+        new = server.workers() - {old.worker}
+        assert [ports_of(pid) for pid in new] == [{server.port}] * 2 == [ports_of(server.pid)] * 2
+        until(lambda: [kinds(pid) for pid in new] == [first] * 2, "them to hold what the first ones held")
+    os.kill(min(new), SIGKILL)
+    replacement = until(lambda: (len(server.workers()) == 3) and server.workers() - new - {old.worker})
+    until(lambda: [kinds(pid) for pid in replacement] == [first], "so does a replacement")
+    server.release("old")
+    old.answer()
+    until(lambda: kinds(server.pid) == master, "and the master what it held")
+
+
+def test_12_an_applications_children_keep_none_and_block_nothing(serve):
+    """Guards: os.register_at_fork closes the connections, and no signal stays blocked or ignored for a child."""
+    server = serve()
+    with server.connect() as idle:
+        idle.get()
+        held = server.hold("held")
+        links, signals = server.get("/children").json
+        assert [link for link in links if link.startswith(("socket:", "pipe:"))] == []
+        assert int(signals["SigBlk"], 16) == 0
+        mask = sum(1 << number - 1 for number in (SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, signal.SIGCHLD))
+        assert int(signals["SigIgn"], 16) & mask == 0
+        server.release("held")
+        assert held.answer().status == idle.get().status == 200
+
+
+def test_13_out_of_descriptors_is_a_pause_and_never_a_spin(serve):
+    """Guards: accept's EMFILE is answered by a pause. 48 descriptors, 200 clients."""
+    server = serve(prefix=["sh", "-c", 'ulimit -n 48; exec "$@"', "sh"])
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(200)]
+        for client in clients:
+            client.request("GET", "/")
+        server.wait_log("(?i)descriptor|open files")
+        pids = server.others()
+        before = {process.pid: process.cpu for process in processes()}
+        time.sleep(3)
+        after = {process.pid: process.cpu for process in processes()}
+        assert sum(after[pid] - before[pid] for pid in pids) < 0.1 * 3
+        assert len(re.findall("(?i)descriptor|open files", server.log())) <= 8, "logged once per worker, not per try"
+        for client in clients[:150]:
+            client.close()
+        assert {client.answer().status for client in clients[150:]} == {200}
+    assert server.get().status == 200 and set(server.others()) == set(pids)
+
+
+def test_13_a_fork_that_fails_is_a_pause_and_never_a_crash(serve, folder):
+    """Guards: the OSError of os.fork, injected here into the real process: no signal is lost, no worker forgotten."""
+    (folder / "sitecustomize.py").write_text(
+        "import os\nfork = os.fork\ndef failing():\n    if os.path.exists('nofork'):\n"
+        "        raise BlockingIOError(11, 'no more processes')\n    return fork()\nos.fork = failing\n")
+    server = serve(env={"PYTHONPATH": str(folder)})
+    server.release("nofork")
+    workers = server.workers()
+    os.kill(min(workers), SIGKILL)
+    with server.connect() as client:
+        assert client.get().json["pid"] == max(workers)
+        server.wait_log("no more processes")
+        time.sleep(2)  # a few pauses
+        assert server.workers() == {max(workers)} and server.log().count("no more processes") == 1
+        assert {process.pid: process.cpu for process in processes()}[server.pid] < 1
+        (server.folder / "nofork").unlink()
+        until(lambda: len(server.workers()) == 2)
+        server.release("nofork")
+        since = len(server.log())
+        server.signal(SIGHUP)
+        server.wait_log("no more processes", since)
+        assert not client.get().closes
+        (server.folder / "nofork").unlink()
+        until(lambda: "generation 2 serves" in server.log() or "rolled back" in server.log())
+        server.reload()
+    assert server.get().json["hupserve.generation"] >= 2
+
+
+# ==== the reload =====================================================================================================
+
+def test_reload_changes_the_number_of_workers(serve):
+    server = serve()
+    with Load(server) as load:
+        for number in (5, 1, 3):
+            server.reload(rf"generation (\d+) serves with {number} workers?", workers=number)
+            until(lambda: len(server.workers()) == number)
+            load.more()
+    assert load.lost == []
+
+
+def test_reload_changes_the_number_of_threads(serve):
+    server = serve(workers=1, threads=1)
+    held = [server.hold("one")]
+    with server.connect() as client:
+        client.request("GET", "/waits")
+        server.reload(threads=3)
+        assert client.answer().json["hupserve.generation"] == 2
+    held += [server.hold(name) for name in ("two", "three", "four")]
+    server.release("one", "two", "three", "four")
+    assert {client.answer().status for client in held} == {200}
+
+
+def test_reload_adds_keeps_and_drops_addresses(serve):
+    """A kept address is the same socket, the queue of a dropped one is served, an added one answers at the commit."""
+    first, second = free_port(), free_port()
+    server = serve(workers=1, threads=1, port=first, listen=f"127.0.0.1:{first}", idle_grace=20)
+    server.reload(listen=f"127.0.0.1:{first} 127.0.0.1:{second}")
+    assert Client(second).get().status == 200
+    inodes = {inode for inode, port in listening().items() if port == second}
+    busy = server.hold("busy")
+    queued = [Client(first) for _ in range(20)]
+    for client in queued:
+        client.request("GET", "/queued")
+    server.reload(listen=f"127.0.0.1:{second}")
+    until(lambda: refused(first))
+    assert {inode for inode, port in listening().items() if port == second} == inodes
+    assert Client(second).get().json["hupserve.generation"] == 3
+    server.release("busy")
+    assert {client.answer().json["pid"] for client in [busy, *queued]} == {busy.worker}
+    for client in queued:
+        client.close()
+    server.reload(listen=f"127.0.0.1:{second} 127.0.0.1:{first}")
+    assert Client(first).get().json["hupserve.generation"] == 4
+
+
+def test_reload_takes_back_an_address_that_an_old_worker_is_about_to_close(serve):
+    """Guards: the short, bounded retry of bind."""
+    first, second = free_port(), free_port()
+    server = serve(port=first, listen=f"127.0.0.1:{first}")
+    for _ in range(5):
+        server.reload(listen=f"127.0.0.1:{second}")
+        server.reload(listen=f"127.0.0.1:{first}")
+    assert server.get().json["hupserve.generation"] == 11
+    assert "rolled back" not in server.log()
+
+
+def test_reload_changes_log_file_and_log_level(serve):
+    server = serve()
+    server.write(log_level="warning", log_file="other.log")
+    server.signal()
+    until(lambda: server.get().json["hupserve.generation"] == 2)
+    os.kill(min(server.workers()), SIGKILL)
+    server.wait_log("replaced", file="other.log")
+    assert "generation" not in server.log("other.log"), "no INFO lines at this level"
+    server.write(log_level="debug", log_file="third.log")
+    server.signal()
+    server.wait_log(r"generation (\d+) serves", file="third.log")
+    with server.connect() as client:
+        client.request("GET", "/endless?gone")
+        client.more()
+    until((server.folder / "gone.closed").exists)
+    assert server.wait_log("DEBUG", file="third.log") and "Traceback" not in server.log("third.log")
+
+
+def test_reload_changes_pipeline_settings_and_code(serve):
+    server = serve()
+    assert server.get("/status").json["greeting"] == "hello", "no filter yet: the application answers"
+    server.reload(sections=server.STATUS.replace("hello", "good day"))
+    assert server.get("/status?format=json").json["workers"] and server.get().json["greeting"] == "good day"
+    server.write_app(APPLICATION.replace('"pid": os', '"code": "new", "pid": os'))
+    server.reload(sections=server.APP)
+    assert server.get("/status").json["code"] == "new"
+    server.reload(sections="[app:main]\nwsgi = app:application\n")
+    assert "greeting" not in server.get("/status").json
+
+
+LOGGERS = """
+[loggers]
+keys = root, app
+[handlers]
+keys = own
+[formatters]
+keys = short
+[logger_root]
+level = INFO
+handlers =
+[logger_app]
+level = INFO
+handlers = own
+qualname = app
+[handler_own]
+class = FileHandler
+args = ('%(here)s/own.log',)
+formatter = short
+[formatter_short]
+format = <%(levelname)s> %(message)s
+"""
+
+
+def test_reload_changes_the_loggers(serve):
+    """[loggers] goes to logging.config.fileConfig, with %(here)s and with the formatters' single percent signs."""
+    server = serve()
+    server.get("/log?before")
+    server.reload(sections=server.APP + LOGGERS)
+    server.get("/log?first")
+    assert server.log("own.log") == "<WARNING> 50% of first\n"
+    server.reload(sections=server.APP + LOGGERS.replace("<%(levelname)s>", "%(levelname)s:"))
+    server.get("/log?second")
+    assert server.log("own.log") == "<WARNING> 50% of first\nWARNING: 50% of second\n"
+    server.reload(sections=server.APP + LOGGERS.replace("app\nlevel = INFO", "app\nlevel = ERROR"))
+    server.get("/log?third")
+    assert "third" not in server.log("own.log")
+
+
+def test_reload_with_a_slow_import_delays_nobody(serve):
+    """The old generation serves at full strength for as long as the new one imports."""
+    server = serve()
+    server.write_app(GATE + APPLICATION)
+    server.release("gate")
+    with Load(server) as load:
+        server.signal()
+        until(lambda: len(server.workers()) == 4)
+        assert {generation for generation, _, _ in load.more(500)} == {1}
+        (server.folder / "gate").unlink()
+        server.wait_log("generation 2 serves")
+        load.more(100)
+    assert load.lost == []
+
+
+def test_reload_when_every_thread_is_busy_frees_the_way(serve):
+    """New requests do not wait for the busy ones; the busy ones are all answered."""
+    server = serve(workers=2, threads=2)
+    held = [server.hold(f"held{number}") for number in range(4)]
+    server.reload()
+    assert server.get().json["hupserve.generation"] == 2
+    server.release(*(f"held{number}" for number in range(4)))
+    assert {client.answer().json["hupserve.generation"] for client in held} == {1}
+
+
+@beyond_core
+def test_reload_is_held_up_by_no_idle_connection(serve):
+    """600 idle and 100 silent connections: the new generation answers, the old one leaves after idle_grace."""
+    server = serve(idle_grace=1)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(server.connect()) for _ in range(700)]
+        for client in idle[:600]:
+            client.get()
+        old = server.workers()
+        server.reload()
+        assert server.get().json["hupserve.generation"] == 2
+        until(lambda: not any(alive(pid) for pid in old))
+        assert all(client.ended() for client in idle)
+
+
+def test_reload_drain_timeout_ends_what_takes_longer(serve):
+    server = serve(workers=1, drain_timeout=1)
+    held = server.hold("held")
+    server.reload()
+    with pytest.raises(ConnectionError):
+        held.answer()
+    until(lambda: not alive(held.worker))
+
+
+def test_reload_40_times_leaves_the_master_as_it_was(serve):
+    """One thread, the same descriptors, the same memory, and no code of the application."""
+    server = serve(workers=1)
+
+    def master():
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{server.pid}/status").read_text().splitlines())
+        links = sorted(link.split(":")[0] for link in descriptors(server.pid).values())
+        return int(status["Threads"]), links, int(status["VmRSS"].split()[0])
+
+    for _ in range(10):
+        server.reload()
+    until(lambda: len(server.workers()) == 1)
+    threads, links, memory = master()
+    for _ in range(30):
+        server.reload()
+    until(lambda: len(server.workers()) == 1)
+    assert threads == 1 and master()[:2] == (1, links)
+    assert master()[2] < memory + 1000  # kB
+    assert str(server.pid) not in server.log("imports").split()
+
+
+@beyond_core
+def test_a_drain_says_every_30_seconds_what_it_waits_for(long_drain):
+    server, held = long_drain
+    until(lambda: re.search("still draining.*", server.log()), "the line", deadline=60)
+    line = re.search(".*still draining.*", server.log())[0]
+    assert "127.0.0.1" in line and "GET /hold" in line and "held" not in line, "client, path, but not the query"
+    server.release("held")
+    assert held.answer().closes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def long_drain(request):
+    """What it shows takes 30 s, so it begins before the first test."""
+    if not any("every_30_seconds" in item.name for item in request.session.items) or "HUPSERVE_CORE" in os.environ:
+        yield
+        return
+    with shared_server() as server:
+        held = server.hold("held")
+        server.reload()
+        yield server, held
+
+
+# ==== the mistakes ===================================================================================================
+
+GOOD = """[server:main]
+listen = 127.0.0.1:0
+workers = 1
+
+[app:main]
+paste.app_factory = app:factory
+greeting = hello
+"""
+KEY = "workers = 1"
+FACTORY = "paste.app_factory = app:factory"
+
+MISTAKES = [  # replace this, by that, and the line that says so contains these
+    (KEY, "worker = 1", "[server:main] worker: unknown key; did you mean workers?"),
+    (KEY, "Workers = 1", "[server:main] Workers: unknown key"),
+    (KEY, "colour = blue", "[server:main] colour: unknown key"),
+    (KEY, "workers = none", "[server:main] workers:"),
+    (KEY, "workers = 0", "[server:main] workers:"),
+    (KEY, "workers = -1", "[server:main] workers:"),
+    (KEY, "workers = 1 2", "[server:main] workers:"),
+    (KEY, "workers =", "[server:main] workers:"),
+    (KEY, "workers = 1\nworkers = 2", "[server:main]", "workers"),
+    (KEY, "workers = 1\n[server:main]", "server:main"),
+    (KEY, "workers", "[server:main] workers:"),
+    (KEY, "workers = %(cores)s", "[server:main] workers:", "cores"),
+    (KEY, "threads = many", "[server:main] threads:"),
+    (KEY, "threads = 0", "[server:main] threads:"),
+    (KEY, "connections = 0", "[server:main] connections:"),
+    (KEY, "backlog = -1", "[server:main] backlog:"),
+    (KEY, "keepalive_timeout = -5", "[server:main] keepalive_timeout:"),
+    (KEY, "header_timeout = soon", "[server:main] header_timeout:"),
+    (KEY, "idle_grace = nan", "[server:main] idle_grace:"),
+    (KEY, "drain_timeout = inf", "[server:main] drain_timeout:"),
+    (KEY, "max_body = 1MB", "[server:main] max_body:"),
+    (KEY, "log_level = loud", "[server:main] log_level:", "loud"),
+    (KEY, "log_file = /no/such/folder/log", "[server:main] log_file:", "/no/such/folder"),
+    (KEY, "access_log = /no/such/folder/log", "[server:main] access_log:", "/no/such/folder"),
+    (KEY, "pidfile = /no/such/folder/pid", "/no/such/folder"),
+    (KEY, "certfile = /no/such/cert.pem", "[server:main] certfile:", "/no/such/cert.pem"),
+    (KEY, "keyfile = /no/such/key.pem", "[server:main]", "certfile"),
+    ("127.0.0.1:0", "127.0.0.1", "[server:main] listen:", "127.0.0.1"),
+    ("127.0.0.1:0", "127.0.0.1:http", "[server:main] listen:", "127.0.0.1:http"),
+    ("127.0.0.1:0", "127.0.0.1:65536", "[server:main] listen:", "127.0.0.1:65536"),
+    ("127.0.0.1:0", "server.invalid:8000", "[server:main] listen:", "server.invalid"),
+    ("127.0.0.1:0", "127.0.0.999:8000", "[server:main] listen:", "127.0.0.999"),
+    ("127.0.0.1:0", "127.0.0.1:PORT *:PORT", "[server:main] listen:", "127.0.0.1:PORT", "*:PORT"),
+    ("127.0.0.1:0", "127.0.0.1:TAKEN", "127.0.0.1:TAKEN"),
+    ("127.0.0.1:0", "unix:/no/such/folder/socket", "/no/such/folder"),
+    ("127.0.0.1:0", "", "[server:main] listen:"),
+    ("[app:main]", "[app:other]", "app:main"),
+    ("[app:main]", "[pipeline:main]\npipeline = nosuch app\n[app:app]", "nosuch"),
+    ("[app:main]", "[pipeline:main]\npipeline =\n[app:app]", "[pipeline:main] pipeline:"),
+    ("[app:main]", "[pipeline:main]\n[app:app]", "[pipeline:main]", "pipeline"),
+    ("[app:main]", "[pipeline:main]\npipeline = cache app\n[filter:cache]\nsize = 3\n[app:app]", "[filter:cache]"),
+    ("[app:main]", "[pipeline:main]\npipeline = cache app\n[filter:cache]\npaste.filter_factory = app:nosuch\n[app:app]",
+     "[filter:cache] paste.filter_factory:", "nosuch"),
+    (FACTORY, "", "[app:main]"),
+    (FACTORY, "paste.app_factory = app", "[app:main] paste.app_factory:"),
+    (FACTORY, "wsgi = app", "[app:main] wsgi:"),
+    (FACTORY, "wsgi = nosuch:app", "[app:main] wsgi:", "nosuch"),
+    (FACTORY, "wsgi = app:nosuch", "[app:main] wsgi:", "nosuch"),
+    (FACTORY, "wsgi = app:HERE", "[app:main] wsgi:", "callable"),
+    (FACTORY, "paste.app_factory = nosuch:factory", "[app:main] paste.app_factory:", "nosuch"),
+    ("hello", "100%", "[app:main] greeting:"),
+    ("hello", "%(nosuch)s", "[app:main] greeting:", "nosuch"),
+    ("hello", "hello\n[loggers]\nkeys = root", "loggers"),
+    ("[server:main]", "listen = 127.0.0.1:0\n[server:main]", "line 1"),
+    ("[server:main]", "[server:main", "line 1"),
+    ("hello", "\udcff\udcfe", "UTF-8"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistaken():
+    with shared_server(workers=1) as server:
+        yield server
+
+
+def run(*arguments, **keywords):
+    return subprocess.run([PYTHON, str(HUPSERVE), *map(str, arguments)], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, universal_newlines=True, timeout=DEADLINE, **keywords)
+
+
+@pytest.mark.parametrize("replaced, by, expected", [(old, new, rest) for old, new, *rest in MISTAKES],
+                         ids=[repr(new)[1:-1][:50] for _, new, *_ in MISTAKES])
+def test_a_mistake_is_one_clear_line(mistaken, replaced, by, expected):
+    """At start, with --check and at a reload; never a traceback, and a running server stays as it is."""
+    binds = "TAKEN" in by or "unix:" in by  # and --check does not
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = {"PORT": str(free_port()), "TAKEN": str(taken.getsockname()[1])}
+        for word, port in ports.items():
+            by, expected = by.replace(word, port), [text.replace(word, port) for text in expected]
+        mistaken.ini.write_bytes(GOOD.replace(replaced, by, 1).encode("utf-8", "surrogateescape"))
+        stops = {"start": run(mistaken.ini, cwd=mistaken.folder)}
+        if not binds:
+            stops["check"] = run("--check", mistaken.ini, cwd=mistaken.folder)
+        since = len(mistaken.log())
+        mistaken.signal(SIGHUP)
+        mistaken.wait_log("reload (refused|rolled back): .*\n", since)
+    for how, stop in stops.items():
+        assert stop.returncode in ((1, 2) if how == "start" else (2,)), stop
+        assert len(stop.stderr.splitlines()) == 1 and stop.stdout == "", stop
+    for log in [stop.stderr for stop in stops.values()] + [mistaken.log()[since:]]:
+        assert "Traceback" not in log
+        assert [line for line in log.splitlines() if all(text in line for text in [*expected, mistaken.ini.name])], log
+    assert mistaken.get().json["hupserve.generation"] == 1 and len(mistaken.workers()) == 1
+
+
+def test_a_mistake_in_the_command_line(folder):
+    (folder / "good.ini").write_text(GOOD)
+    (folder / "app.py").write_text(APPLICATION)
+    for arguments in ([], ["one.ini", "two.ini"], ["--colour"], [folder / "none.ini"], [folder],
+                      ["--check", folder / "none.ini"], [f"{folder / 'good.ini'}#nosuch"]):
+        stop = run(*arguments, cwd=folder)
+        assert stop.returncode == 2 and "Traceback" not in stop.stderr and stop.stderr, stop
+        assert len(stop.stderr.splitlines()) == 1 or stop.stderr.startswith("usage:"), stop
+    stop = run("--version")
+    assert (stop.returncode, stop.stderr) == (0, "") and stop.stdout.startswith("hupserve ")
+    stop = run("--check", folder / "good.ini", cwd=folder)
+    assert stop.returncode == 0 and "Traceback" not in stop.stderr
+    stop = run("--check", f"{folder / 'good.ini'}#main", cwd=folder)
+    assert stop.returncode == 0
+
+
+def test_an_applications_mistake_is_told_with_its_traceback(folder):
+    """Always the traceback for the application's mistake: where else would its author find it?"""
+    (folder / "good.ini").write_text(GOOD)
+    (folder / "app.py").write_text(BROKEN)
+    for arguments, status in (["--check"], 2), ([], 1):
+        stop = run(*arguments, folder / "good.ini", cwd=folder)
+        assert stop.returncode == status, stop
+        assert "RuntimeError: this application does not import" in stop.stderr and 'app.py", line 1' in stop.stderr
+
+
+# ==== the signals ====================================================================================================
+
+@pytest.mark.parametrize("number", [SIGTERM, SIGQUIT])
+def test_signal_TERM_answers_all_that_came(serve, number):
+    """Eight in flight and thirty in the queue: all 38 are answered, and the exit status is 0."""
+    server = serve(threads=4, idle_grace=20)
+    held = [server.hold(f"held{number}") for number in range(8)]
+    queued = [server.connect() for _ in range(30)]
+    for client in queued:
+        client.request("GET", "/queued")
+    server.signal(number)
+    until(lambda: refused(server.port))
+    server.release(*(f"held{number}" for number in range(8)))
+    assert [client.answer().status for client in held + queued] == [200] * 38
+    assert server.process.wait(DEADLINE) == 0
+
+
+def test_signal_TERM_a_second_time_stops_at_once(serve):
+    server = serve()
+    held = server.hold("held")
+    server.signal(SIGTERM)
+    until(lambda: told(held.worker))
+    server.stop(SIGTERM, status=1)
+    until(lambda: not server.others())
+
+
+def test_signal_TERM_in_the_middle_of_a_reload_is_obeyed_at_once(serve):
+    server = serve()
+    server.write_app(GATE + APPLICATION)
+    server.release("gate")
+    server.signal(SIGHUP)
+    until(lambda: len(server.workers()) == 4)
+    server.stop(SIGTERM)
+
+
+def test_signal_TERM_in_the_middle_of_the_start_is_obeyed_at_once(folder):
+    (folder / "gate").touch()
+    (folder / "app.py").write_text(GATE)
+    (folder / "hupserve.ini").write_text(GOOD)
+    process = subprocess.Popen([PYTHON, str(HUPSERVE), "hupserve.ini"], cwd=folder, start_new_session=True)
+    until(lambda: [worker for worker in processes() if worker.parent == process.pid])
+    process.terminate()
+    process.wait(DEADLINE)
+    until(lambda: not [left for left in processes() if left.session == process.pid])
+
+
+def test_signal_INT_does_not_wait_for_idle_browsers(serve):
+    server = serve(idle_grace=1000)
+    browsers = [server.connect() for _ in range(10)]
+    for browser in browsers:
+        browser.get()
+    server.stop(SIGINT)
+    assert all(browser.ended() for browser in browsers)
+
+
+def test_signal_INT_to_the_whole_group_waits_for_what_is_in_flight(serve):
+    """A terminal's Ctrl-C reaches the workers too: they leave it to the master."""
+    server = serve()
+    held = server.hold("held")
+    os.killpg(server.pid, SIGINT)
+    until(lambda: told(held.worker))
+    server.release("held")
+    assert held.answer().status == 200 and server.process.wait(DEADLINE) == 0
+
+
+def test_signal_USR1_is_nothing_to_anybody(serve):
+    server = serve()
+    workers = server.workers()
+    for _ in range(10):
+        os.killpg(server.pid, SIGUSR1)
+        assert server.get().status == 200
+    assert server.workers() == workers
+
+
+@pytest.mark.parametrize("code", [APPLICATION + "# new\n", BROKEN + APPLICATION], ids=["imports", "does not import"])
+def test_signal_HUP_to_the_whole_group_loses_nothing(serve, code):
+    """Guards: a worker obeys the order on its line and not the signal, which anybody can send."""
+    server = serve()
+    server.tracebacks = True
+    server.write_app(code)
+    with Load(server) as load:
+        for _ in range(3):
+            since = len(server.log())
+            os.killpg(server.pid, SIGHUP)
+            server.wait_log("generation . serves" if "new" in code[-9:] else "rolled back", since)
+            load.more()
+    assert load.lost == []
+    assert "SIGHUP without an order" in server.log()
+
+
+def test_signal_HUP_to_a_worker_is_one_log_line(serve):
+    server = serve(workers=1)
+    with server.connect() as client:
+        worker = client.get().json["pid"]
+        os.kill(worker, SIGHUP)
+        server.wait_log("SIGHUP without an order")
+        assert not client.get().closes and server.get().json["pid"] == worker
+    assert server.log().count("SIGHUP without an order") == 1 and "generation 2" not in server.log()
+
+
+# ==== the exchange ===================================================================================================
+#
+# In these rows | stands for CR LF. Behind each row the client sends one more request at once. Either it is answered,
+# and then the row's own answer has left the connection open; or the connection has been closed, without another byte.
+
+OPEN, CLOSED = "open", "closed"
+HOST = "HTTP/1.1|Host: a|"
+POST = "POST / " + HOST
+CHUNKED = POST + "Transfer-Encoding: chunked||"
+
+EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the connection, what the application saw
+    # RFC 9112 2.2: the message
+    ("the plain request", f"GET /x?y=z {HOST}|", 200, OPEN, {"PATH_INFO": "/x", "QUERY_STRING": "y=z"}),
+    ("an empty line before it", f"|GET / {HOST}|", 200, OPEN, {}),
+    ("lines that end in LF", "GET / HTTP/1.1\nHost: a\n\n", 400, CLOSED, {}),
+    ("one line that ends in LF", "GET / HTTP/1.1|Host: a\nX: b||", 400, CLOSED, {}),
+    ("a head that ends in LF LF", "GET / HTTP/1.1|Host: a\n\n", 400, CLOSED, {}),
+    ("a bare CR in the request line", "GET /\r HTTP/1.1|Host: a||", 400, CLOSED, {}),
+    ("a bare CR in a field", "GET / HTTP/1.1|Host: a|X: a\rb||", 400, CLOSED, {}),
+    ("white space before the first field", "GET / HTTP/1.1| Host: a||", 400, CLOSED, {}),
+    ("a TLS handshake", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03||", 400, CLOSED, {}),
+
+    # RFC 9112 2.3 and 3: version and request line
+    ("HTTP/1.0 closes", "GET / HTTP/1.0||", 200, CLOSED, {"SERVER_PROTOCOL": "HTTP/1.0"}),
+    ("HTTP/1.0 may ask to keep alive", "GET / HTTP/1.0|Connection: keep-alive||", 200, OPEN, {}),
+    ("HTTP/1.2 is answered as 1.1", f"GET / {HOST}|".replace("1.1", "1.2"), 200, OPEN, {}),
+    ("HTTP/2.0", "GET / HTTP/2.0|Host: a||", 505, CLOSED, {}),
+    ("HTTP/2's preface", "PRI * HTTP/2.0||SM||", 505, CLOSED, {}),
+    ("HTTP/0.9", "GET /||", 400, CLOSED, {}),
+    ("a version of two digits", "GET / HTTP/1.10|Host: a||", 400, CLOSED, {}),
+    ("a version of one digit", "GET / HTTP/1|Host: a||", 400, CLOSED, {}),
+    ("a version in small letters", "GET / http/1.1|Host: a||", 400, CLOSED, {}),
+    ("no version but white space", "GET / |Host: a||", 400, CLOSED, {}),
+    ("two spaces after the method", "GET  / HTTP/1.1|Host: a||", 400, CLOSED, {}),
+    ("two spaces before the version", "GET /  HTTP/1.1|Host: a||", 400, CLOSED, {}),
+    ("a space after the version", "GET / HTTP/1.1 |Host: a||", 400, CLOSED, {}),
+    ("a space before the method", " GET / HTTP/1.1|Host: a||", 400, CLOSED, {}),
+    ("tabs for spaces", "GET\t/\tHTTP/1.1|Host: a||", 400, CLOSED, {}),
+    ("a method that is no token", "G@T / HTTP/1.1|Host: a||", 400, CLOSED, {}),
+    ("a method of the client's own", f"BREW-IT / {HOST}|", 200, OPEN, {"REQUEST_METHOD": "BREW-IT"}),
+    ("a request line of 8 KiB", f"GET /{'a' * 8100} {HOST}|", 200, OPEN, {}),
+    ("a longer one", f"GET /{'a' * 8200} {HOST}|", 414, CLOSED, {}),
+
+    # RFC 9112 3.2: the target
+    ("percent signs", f"GET /a%20b%2Fc?%41 {HOST}|", 200, OPEN, {"PATH_INFO": "/a b/c", "QUERY_STRING": "%41"}),
+    ("UTF-8 in percent signs", f"GET /caf%C3%A9 {HOST}|", 200, OPEN, {"PATH_INFO": "/caf\xc3\xa9"}),
+    ("two slashes stay two", f"GET //a {HOST}|", 200, OPEN, {"PATH_INFO": "//a"}),
+    ("an absolute target overrides Host", f"GET http://b:8/x?y {HOST}|", 200, OPEN,
+     {"HTTP_HOST": "b:8", "PATH_INFO": "/x", "QUERY_STRING": "y"}),
+    ("an absolute target without a path", f"GET http://b {HOST}|", 200, OPEN, {"HTTP_HOST": "b", "PATH_INFO": "/"}),
+    ("an absolute target without a host", f"GET http:///x {HOST}|", 400, CLOSED, {}),
+    ("OPTIONS *", f"OPTIONS * {HOST}|", 200, OPEN, {"REQUEST_METHOD": "OPTIONS"}),
+    ("* for anything else", f"GET * {HOST}|", 400, CLOSED, {}),
+    ("CONNECT", "CONNECT a:443 HTTP/1.1|Host: a:443||", 501, CLOSED, {}),
+    ("no leading slash", f"GET x {HOST}|", 400, CLOSED, {}),
+    ("only a query", f"GET ?x {HOST}|", 400, CLOSED, {}),
+    ("a fragment", f"GET /x#y {HOST}|", 400, CLOSED, {}),
+    ("a control character", f"GET /x\x01 {HOST}|", 400, CLOSED, {}),
+    ("a DEL", f"GET /x\x7f {HOST}|", 400, CLOSED, {}),
+    ("a NUL", f"GET /x\x00 {HOST}|", 400, CLOSED, {}),
+    ("raw Latin-1", f"GET /caf\xe9 {HOST}|", 400, CLOSED, {}),
+
+    # RFC 9112 3.2: Host
+    ("no Host in 1.1", "GET / HTTP/1.1||", 400, CLOSED, {}),
+    ("no Host in 1.0", "GET / HTTP/1.0|Connection: keep-alive||", 200, OPEN, {}),
+    ("two Hosts", f"GET / {HOST}Host: b||", 400, CLOSED, {}),
+    ("the same Host twice", f"GET / {HOST}Host: a||", 400, CLOSED, {}),
+    ("a Host with a space", "GET / HTTP/1.1|Host: a b||", 400, CLOSED, {}),
+    ("a Host with a path", "GET / HTTP/1.1|Host: a/b||", 400, CLOSED, {}),
+    ("a Host with a user", "GET / HTTP/1.1|Host: me@a||", 400, CLOSED, {}),
+    ("a Host with a bad port", "GET / HTTP/1.1|Host: a:b||", 400, CLOSED, {}),
+    ("a Host that is an address", "GET / HTTP/1.1|Host: [::1]:80||", 200, OPEN, {"HTTP_HOST": "[::1]:80"}),
+    ("half an address", "GET / HTTP/1.1|Host: [::1||", 400, CLOSED, {}),
+
+    # RFC 9112 5: fields
+    ("white space around a value", f"GET / {HOST}X: \t b \t||", 200, OPEN, {"HTTP_X": "b"}),
+    ("no value", f"GET / {HOST}X:||", 200, OPEN, {"HTTP_X": ""}),
+    ("Latin-1 in a value", f"GET / {HOST}X: caf\xe9||", 200, OPEN, {"HTTP_X": "caf\xe9"}),
+    ("a field twice is a list", f"GET / {HOST}X-Y: a|x-y: b||", 200, OPEN, {"HTTP_X_Y": "a,b"}),
+    ("an underscore poses as a hyphen", f"GET / {HOST}X_Y: a||", 200, OPEN, {"HTTP_X_Y": None}),
+    ("an underscore poses as a length", f"GET / {HOST}Content_Length: 5||", 200, OPEN, {"CONTENT_LENGTH": None}),
+    ("white space before the colon", "GET / HTTP/1.1|Host : a||", 400, CLOSED, {}),
+    ("a folded line", f"GET / {HOST}X: a| b||", 400, CLOSED, {}),
+    ("no colon", f"GET / {HOST}X||", 400, CLOSED, {}),
+    ("no name", f"GET / {HOST}: x||", 400, CLOSED, {}),
+    ("a name with a space", f"GET / {HOST}X Y: a||", 400, CLOSED, {}),
+    ("a name with a control character", f"GET / {HOST}X\x01: a||", 400, CLOSED, {}),
+    ("a name in Latin-1", f"GET / {HOST}X\xe9: a||", 400, CLOSED, {}),
+    ("a NUL in a value", f"GET / {HOST}X: a\x00b||", 400, CLOSED, {}),
+    ("100 fields", f"GET / {HOST}{'X: a|' * 99}|", 200, OPEN, {}),
+    ("101 fields", f"GET / {HOST}{'X: a|' * 100}|", 431, CLOSED, {}),
+    ("a field of 60 KiB", f"GET / {HOST}X: {'a' * 60000}||", 200, OPEN, {}),
+    ("a head over 64 KiB", f"GET / {HOST}X: {'a' * 66000}||", 431, CLOSED, {}),
+
+    # RFC 9112 6: the length of a body
+    ("a body", f"{POST}Content-Length: 5||hello", 200, OPEN, {"body": "hello", "CONTENT_LENGTH": "5"}),
+    ("a body of none", f"{POST}Content-Length: 0||", 200, OPEN, {"body": ""}),
+    ("a body to GET", f"GET / {HOST}Content-Length: 5||hello", 200, OPEN, {"body": "hello"}),
+    ("a body nobody reads is skipped", f"POST /unread {HOST}Content-Length: 5||hello", 200, OPEN, {}),
+    ("both lengths", f"{POST}Content-Length: 5|Transfer-Encoding: chunked||0||", 400, CLOSED, {}),
+    ("both, the other way round", f"{POST}Transfer-Encoding: chunked|Content-Length: 5||0||", 400, CLOSED, {}),
+    ("two lengths that differ", f"{POST}Content-Length: 5|Content-Length: 6||hello", 400, CLOSED, {}),
+    *((f"Content-Length: {ascii(length)[1:-1]:.20}", f"{POST}Content-Length: {length}||hello", 400, CLOSED, {})
+      for length in ("5, 5", "5,6", "+5", "-5", "1_0", "0x5", "5 5", "5.0", "five", "", "\xb2", "5\x0b", "9" * 5000)),
+    ("a length over max_body", f"{POST}Content-Length: 1000001||", 413, CLOSED, {}),
+    ("a length of nineteen digits", f"{POST}Content-Length: 9999999999999999999||", {400, 413}, CLOSED, {}),
+
+    # RFC 9112 6.1: transfer codings
+    ("chunked", f"{CHUNKED}5|hello|0||", 200, OPEN, {"body": "hello", "CONTENT_LENGTH": None}),
+    ("Chunked", CHUNKED.replace("chunked", "Chunked") + "0||", 200, OPEN, {"body": ""}),
+    ("gzip", f"{POST}Transfer-Encoding: gzip||", 501, CLOSED, {}),
+    ("gzip and chunked", f"{POST}Transfer-Encoding: gzip, chunked||0||", 501, CLOSED, {}),
+    ("chunked and gzip", f"{POST}Transfer-Encoding: chunked, gzip||0||", {400, 501}, CLOSED, {}),
+    ("chunked twice", f"{POST}Transfer-Encoding: chunked, chunked||0||", {400, 501}, CLOSED, {}),
+    ("chunked in two fields", f"{POST}Transfer-Encoding: chunked|Transfer-Encoding: chunked||0||", {400, 501}, CLOSED, {}),
+    ("identity", f"{POST}Transfer-Encoding: identity||", {400, 501}, CLOSED, {}),
+    ("xchunked", f"{POST}Transfer-Encoding: xchunked||0||", 501, CLOSED, {}),
+    ("chunked after a vertical tab", f"{POST}Transfer-Encoding: \x0bchunked||0||", {400, 501}, CLOSED, {}),
+    ("a coding of nothing", f"{POST}Transfer-Encoding:||0||", {400, 501}, CLOSED, {}),
+    ("chunked in 1.0", "POST / HTTP/1.0|Transfer-Encoding: chunked||0||", 400, CLOSED, {}),
+
+    # RFC 9112 7.1: chunks
+    ("several chunks", f"{CHUNKED}3|hel|2|lo|0||", 200, OPEN, {"body": "hello"}),
+    ("hexadecimal, either case", f"{CHUNKED}a|0123456789|00A|0123456789|0||", 200, OPEN, {"body": "0123456789" * 2}),
+    ("chunk extensions", f'{CHUNKED}5;a=b;c="d e"|hello|0;x||', 200, OPEN, {"body": "hello"}),
+    ("trailers are discarded", f"{CHUNKED}5|hello|0|X-T: x|X-U: y||", 200, OPEN, {"body": "hello", "HTTP_X_T": None}),
+    ("chunks nobody reads are skipped", f"POST /unread {HOST}Transfer-Encoding: chunked||5|hello|0||", 200, OPEN, {}),
+    ("bad chunks nobody reads", f"POST /unread {HOST}Transfer-Encoding: chunked||x|hello|0||", {200, 400}, CLOSED, {}),
+    *((f"a chunk size of {ascii(size)[1:-1]:.20}", f"{CHUNKED}{size}|hello|0||", 400, CLOSED, {})
+      for size in ("+5", "-5", "0x5", "5_0", " 5", "5 ", "5\t", "g", "", ";a", "0" * 16 + "5", "5\x00", "\xb2")),
+    ("a chunk longer than its size", f"{CHUNKED}4|hello|0||", 400, CLOSED, {}),
+    ("a chunk shorter than its size", f"{CHUNKED}6|hello|0||", 400, CLOSED, {}),
+    ("a chunk size that ends in LF", f"{CHUNKED}5\nhello|0||", 400, CLOSED, {}),
+    ("a chunk that ends in LF", f"{CHUNKED}5|hello\n0||", 400, CLOSED, {}),
+    ("an LF in an extension", f"{CHUNKED}5;a\nb|hello|0||", 400, CLOSED, {}),
+    ("a CR in an extension", f"{CHUNKED}5;a\rb|hello|0||", 400, CLOSED, {}),
+    ("an endless extension", f"{CHUNKED}5;{'a' * 70000}|hello|0||", {400, 413, 431}, CLOSED, {}),
+    ("endless trailers", f"{CHUNKED}0|{'X: a|' * 20000}|", {400, 413, 431}, CLOSED, {}),
+    ("a trailer that is none", f"{CHUNKED}0|X||", 400, CLOSED, {}),
+    ("chunks over max_body", f"{CHUNKED}{('80000|' + 'x' * 0x80000 + '|') * 2}0||", 413, CLOSED, {}),
+
+    # RFC 9112 9: the connection
+    ("Connection: close", f"GET / {HOST}Connection: close||", 200, CLOSED, {}),
+    ("close in a list", f"GET / {HOST}Connection: x, Close||", 200, CLOSED, {}),
+    ("close in a second field", f"GET / {HOST}Connection: x|Connection: close||", 200, CLOSED, {}),
+    ("close and keep-alive", f"GET / {HOST}Connection: keep-alive, close||", 200, CLOSED, {}),
+    ("keep-alive in a list", "GET / HTTP/1.0|Connection: x, Keep-Alive||", 200, OPEN, {}),
+    ("something that begins like close", f"GET / {HOST}Connection: closed||", 200, OPEN, {}),
+    ("an upgrade nobody knows", f"GET / {HOST}Connection: upgrade|Upgrade: h2c||", 200, OPEN, {}),
+
+    # RFC 9110 9.3.2, 15.3.5, 15.4.5: answers that have no body
+    ("HEAD", f"HEAD / {HOST}|", 200, OPEN, {}),
+    ("HEAD of a stream", f"HEAD /stream {HOST}|", 200, OPEN, {}),
+    ("HEAD of what is not read", f"HEAD /unread {HOST}|", 200, OPEN, {}),
+    ("204", f"GET /204 {HOST}|", 204, OPEN, {}),
+    ("304", f"GET /304 {HOST}|", 304, OPEN, {}),
+]
+
+
+@pytest.fixture(scope="module")
+def shared():
+    with shared_server(max_body=1000000) as server:
+        server.tracebacks = True
+        (server.folder / "data").write_bytes(b"0123456789" * 100000)
+        yield server
+
+
+@pytest.mark.parametrize("raw, status, then, seen", [row[1:] for row in EXCHANGE], ids=[row[0] for row in EXCHANGE])
+def test_exchange(shared, raw, status, then, seen):
+    with shared.connect() as client:
+        client.send(raw.replace("|", "\r\n").encode("latin-1") + b"GET /next HTTP/1.1\r\nHost: next\r\n\r\n")
+        answer = client.answer(raw.split(" ")[0])
+        assert answer.status in (status if isinstance(status, set) else {status})
+        for key, value in seen.items():
+            assert answer.json.get(key) == value
+        connection = answer.headers.get("connection", "").lower()
+        if then is OPEN:
+            assert connection == "keep-alive" or connection == "" and "HTTP/1.0" not in raw
+            assert client.answer().json["PATH_INFO"] == "/next"
+        else:
+            assert connection == "close" or "HTTP/1.0" in raw
+            assert client.ended()
+
+
+def test_exchange_pipelined_requests_are_answered_in_their_order(shared):
+    with shared.connect() as client:
+        for number in range(100):
+            client.request("POST", f"/?{number}", b"body" * number)
+        for number in range(100):
+            assert client.answer().json["QUERY_STRING"] == str(number)
+
+
+def test_exchange_byte_by_byte(shared):
+    """However the bytes arrive: a request may end anywhere in a segment."""
+    raw = (b"POST /one HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5;x\r\nhello\r\n0\r\nX: y\r\n\r\n"
+           b"POST /two HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello")
+    with shared.connect() as client:
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(3):
+            for byte in raw:
+                client.send(bytes([byte]))
+            for path in ("/one", "/two"):
+                answer = client.answer().json
+                assert (answer["PATH_INFO"], answer["body"]) == (path, "hello")
+
+
+def test_exchange_expect_100_continue(shared):
+    """The client is told to go on when the application first reads, and not if it never does."""
+    head = "POST {} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\nExpect: 100-Continue\r\n\r\n"
+    for size in (5, 100_000):  # one that the main thread would receive, one that a thread does
+        with shared.connect() as client:
+            client.send(head.format("/", size).encode())
+            assert client.answer().status == 100
+            assert client.send(b"x" * size).answer().json["body"] == "x" * size
+            assert client.get().status == 200
+        with shared.connect() as client:
+            answer = client.send(head.format("/unread", size).encode()).answer()
+            assert answer.status == 200 and answer.closes and client.ended()
+    with shared.connect() as client:
+        assert client.send(head.format("/", 1000001).encode()).answer().status == 413
+    with shared.connect() as client:  # HTTP/1.0 does not know it
+        client.send(head.format("/", 5).replace("HTTP/1.1", "HTTP/1.0").encode() + b"hello")
+        assert client.answer().json["body"] == "hello"
+
+
+@pytest.mark.parametrize("raw", [
+    b"GET / HT", POST.replace("|", "\r\n").encode() + b"Content-Length: 5\r\n\r\nhel",
+    POST.replace("|", "\r\n").encode() + b"Content-Length: 100000\r\n\r\nhel",
+    CHUNKED.replace("|", "\r\n").encode() + b"5\r\nhel", CHUNKED.replace("|", "\r\n").encode() + b"5\r\nhello\r\n"],
+    ids=["head", "small body", "large body", "chunk", "chunks"])
+def test_exchange_a_request_cut_short_is_not_answered_as_if_it_were_whole(shared, raw):
+    since = len(shared.log())
+    with shared.connect() as client:
+        client.send(raw)
+        client.socket.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(Cut):
+            assert client.answer().status == 400
+        assert client.ended()
+    assert "Traceback" not in shared.log()[since:]
+
+
+def test_exchange_a_client_that_has_shut_down_its_sending_side_gets_its_answer(shared):
+    with shared.connect() as client:
+        client.request("GET", "/half")
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.answer().json["PATH_INFO"] == "/half" and client.ended()
+
+
+def test_exchange_random_and_mutated_bytes(shared):
+    """No hang, no traceback, no worker lost; what is answered with 200 is a request, and so is what follows it."""
+    chance = random.Random(1)
+    corpus = [row[1].replace("|", "\r\n").encode("latin-1") for row in EXCHANGE if len(row[1]) < 1000]
+    workers, since = shared.workers(), len(shared.log())
+    for _ in range(1500):
+        raw = bytearray(chance.choice(corpus))
+        for _ in range(chance.randrange(1, 4)):
+            at = chance.randrange(len(raw))
+            raw[at:at + chance.randrange(3)] = bytes(chance.choice(b"\0\r\n\t :;,0aG/\x7f\xff") for _ in
+                                                     range(chance.randrange(3)))
+        with shared.connect() as client:
+            client.send(bytes(raw))
+            client.socket.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(Cut):
+                while True:
+                    client.more()
+            assert re.match(rb"HTTP/1\.1 \d\d\d [^\r\n]+\r\n|$", bytes(client.buffer)), (raw, client.buffer)
+            assert b" 500 " not in client.buffer.partition(b"\r\n")[0], raw
+    assert shared.workers() == workers and "Traceback" not in shared.log()[since:]
+
+
+# ==== the responses ==================================================================================================
+
+RESPONSES = [  # the path, the status, the body
+    # what an application may do
+    ("/list", 200, b"hello"),
+    ("/stream", 200, b"one two"),
+    ("/write", 200, b"one two"),
+    ("/replaced", 503, b"replaced"),
+    ("/closing?closing", 200, b"one two"),
+    ("/big?1000000", 200, b"0123456789abcdef" * 62500),
+    ("/file?0,", 200, b"0123456789" * 100000),
+    ("/file?999995,", 200, b"56789"),
+    ("/file?5,7", 200, b"5678901"),
+    ("/file?1000000,0", 200, b""),
+    ("/filelike", 200, b"like a file"),
+    ("/close", 200, b"closing"),
+    ("/hop", 200, b"hop"),
+    # what it may not: nothing of it has been sent, so it becomes a 500
+    *((path, 500, None) for path in ("/crlf", "/crlfname", "/crlfstatus", "/raise", "/nothing", "/twice", "/none", "/str",
+                                     "/sysexit")),
+    # something has been sent: the surplus never is, and what is missing must be seen to be missing
+    ("/surplus", 200, b"hello"),
+    ("/surpluswrite", 200, b"hello"),
+    *((path, 200, "cut") for path in ("/short", "/file?999995,10", "/raisemidway", "/late")),
+]
+
+
+@pytest.mark.parametrize("path, status, body", RESPONSES, ids=[row[0] for row in RESPONSES])
+@pytest.mark.parametrize("method, version", [("GET", "1.1"), ("GET", "1.0"), ("HEAD", "1.1")])
+def test_response(shared, method, version, path, status, body):
+    """Each of them in 1.1, in 1.0 (where the end of the connection may be the end of the body), and for HEAD."""
+    with shared.connect() as client:
+        client.send(f"{method} {path} HTTP/{version}\r\nHost: a\r\nConnection: keep-alive\r\n\r\n".encode())
+        try:
+            answer = client.answer(method)
+        except Cut:
+            assert body == "cut"
+            return
+        assert answer.status == status
+        assert not [name for name in answer.headers if "injected" in name]
+        assert version == "1.1" or "transfer-encoding" not in answer.headers
+        if body == "cut":
+            assert method == "HEAD" or version == "1.0" and "content-length" not in answer.headers, "nobody can tell"
+        elif method == "GET" and body is not None:
+            assert answer.body == body
+        if answer.closes or version == "1.0" and "connection" not in answer.headers:
+            assert client.ended()
+        elif body != "cut":
+            assert path != "/close" and client.get("/list").body == b"hello"
+
+
+def test_response_header_fields(shared):
+    """Hop-by-hop fields are the server's own, and what has no body announces none."""
+    hop = shared.get("/hop").headers
+    assert hop["x-kept"] == "yes"
+    assert not {"keep-alive", "upgrade", "proxy-authenticate", "te", "trailer"} & set(hop)
+    assert hop.get("connection", "keep-alive") == "keep-alive"
+    assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", hop["date"])
+    assert not {"content-length", "transfer-encoding"} & set(shared.get("/204").headers)
+    assert "transfer-encoding" not in shared.get("/304").headers
+    assert shared.get("/list").headers["content-length"] == "5"
+    assert shared.get("/stream").headers["transfer-encoding"] == "chunked"
+    with shared.connect() as client:
+        client.request("HEAD", "/big?1600")
+        assert client.answer("HEAD").headers["content-length"] == "1600"
+
+
+def test_response_iterables_are_closed_in_any_case(shared):
+    """close() is called once: at the end, when the client has gone away, and for a file that was wrapped."""
+    shared.get("/closing?at-the-end")
+    since = len(shared.log())
+    with shared.connect() as client:
+        client.request("GET", "/endless?gone")
+        client.more()
+    with shared.connect() as client:
+        client.request("HEAD", "/closing?head")
+        client.answer("HEAD")
+    for name in ("at-the-end", "gone", "head", "file"):
+        if name == "file":
+            (shared.folder / "file.closed").unlink(missing_ok=True)
+            shared.get("/filelike")
+        until((shared.folder / f"{name}.closed").exists)
+        until(lambda: shared.log(f"{name}.closed") == "closed\n")
+    assert "Traceback" not in shared.log()[since:]
+
+
+def test_response_an_applications_traceback_is_logged_whole(shared):
+    since = len(shared.log())
+    body = shared.get("/raise").body
+    shared.wait_log("Traceback(?s:.+)app.py(?s:.+)ValueError: the application's own mistake", since)
+    assert b"Traceback" not in body and b"app.py" not in body, "the client is told nothing of it"
+
+
+def test_response_the_environ_is_complete(shared):
+    seen = shared.get("/a?b").json
+    assert seen["wsgi.url_scheme"] == "http" and seen["wsgi.multithread"] is seen["wsgi.multiprocess"] is True
+    assert seen["wsgi.run_once"] is False and seen["SCRIPT_NAME"] == "" and seen["SERVER_PORT"] == str(shared.port)
+    assert seen["REMOTE_ADDR"] == "127.0.0.1" and seen["REMOTE_PORT"].isdigit() and seen["SERVER_NAME"]
+    assert seen["hupserve.generation"] == 1 and isinstance(seen["hupserve.worker"], int)
+    assert not {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & set(seen)
+
+
+def test_response_wsgiref_validate_has_nothing_to_say(serve):
+    """The standard library's own judge of servers stands between hupserve and the application."""
+    server = serve("[pipeline:main]\npipeline = validate app\n[filter:validate]\npaste.filter_factory = app:validate\n"
+                   + Server.APP.replace("app:main", "app:app", 1))
+    (server.folder / "data").write_bytes(b"0123456789")
+    for path in ("/", "/list", "/stream", "/file?0,10", "/filelike", "/big?160000", "/a%20b?c=d", "/replaced"):
+        for head in (f"GET {path} HTTP/1.1\r\n", f"GET {path} HTTP/1.0\r\n", f"HEAD {path} HTTP/1.1\r\n",
+                     f"POST {path} HTTP/1.1\r\nContent-Length: 5\r\nContent-Type: text/plain\r\n",
+                     f"POST {path} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n", f"OPTIONS {path} HTTP/1.1\r\n"):
+            with server.connect() as client:
+                body = "hello" if "Length" in head else "5\r\nhello\r\n0\r\n\r\n" if "chunked" in head else ""
+                client.send(f"{head}Host: a\r\n\r\n{body}".encode())
+                assert client.answer(head.split()[0]).status == (503 if path == "/replaced" else 200)
+    assert not re.search("Assertion|Warning|ERROR", server.log())
+
+
+FRAMEWORKS = {
+    "flask": "import flask\napp = flask.Flask(__name__)\n"
+             "@app.route('/<name>', methods=['POST'])\n"
+             "def hello(name):\n    return name + flask.request.form['greeting']\n",
+    "bottle": "import bottle\napp = bottle.Bottle()\n"
+              "@app.post('/<name>')\n"
+              "def hello(name):\n    return name + bottle.request.forms['greeting']\n",
+    "django": "import django.conf, django.http, django.urls, django.core.wsgi\n"
+              "def hello(request, name):\n    return django.http.HttpResponse(name + request.POST['greeting'])\n"
+              "urlpatterns = [django.urls.path('<name>', hello)]\n"
+              "django.conf.settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=['*'], SECRET_KEY='x')\n"
+              "app = django.core.wsgi.get_wsgi_application()\n",
+}
+
+
+@beyond_core
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_response_frameworks_run_unchanged(serve, framework):
+    if not importable(framework):
+        pytest.skip(f"the server's interpreter has no {framework}")
+    server = serve("[app:main]\nwsgi = app:app\n", FRAMEWORKS[framework])
+    form = "Content-Type: application/x-www-form-urlencoded"
+    for _ in range(2):
+        assert server.connect().post("/x", b"greeting=hello", form).body == b"xhello"
+        server.reload()
+
+
+# ==== the slow =======================================================================================================
+
+def test_slow_heads_and_first_requests_end_at_header_timeout(serve):
+    server = serve(header_timeout=1)
+    with server.connect() as silent, server.connect() as half, server.connect() as dribbles:
+        half.send(b"GET / HTTP/1.1\r\nHost: test\r\n")
+        answer = half.answer()
+        assert answer.status == 408 and answer.closes and half.ended()
+        with contextlib.suppress(ConnectionError, AssertionError):  # 408 or nothing, but an end, and no later answer
+            for byte in b"GET / HTTP/1.1\r\nHost: test\r\nX: " + b"x" * 200:
+                dribbles.send(bytes([byte]))
+                time.sleep(0.1)
+            pytest.fail("a head was received for 20 s")
+        with contextlib.suppress(Cut):
+            silent.answer()
+        assert silent.ended()
+
+
+def test_slow_clients_idle_connections_end_at_keepalive_timeout(serve):
+    server = serve(keepalive_timeout=1)
+    with server.connect() as client:
+        assert not client.get().closes
+        assert client.ended(), "without a word"
+    server.reload(keepalive_timeout=0)
+    with server.connect() as client:
+        assert client.get().closes and client.ended()
+
+
+@pytest.mark.parametrize("head", ["Content-Length: 1000", "Content-Length: 100000", "Transfer-Encoding: chunked"])
+def test_slow_bodies_end_at_io_timeout(serve, head):
+    server = serve(workers=1, threads=1, io_timeout=1)
+    with server.connect() as client:
+        client.send(f"POST / HTTP/1.1\r\nHost: test\r\n{head}\r\n\r\n".encode())
+        with contextlib.suppress(Cut):
+            assert client.answer().status == 408
+        assert client.ended()
+    assert server.get().status == 200
+
+
+def test_slow_readers_end_at_io_timeout(serve):
+    server = serve(workers=1, threads=1, io_timeout=1)
+    with server.connect(receive_buffer=4096) as client:
+        client.request("GET", "/endless?reader")
+        assert server.get().status == 200, "the thread is free again"
+        with pytest.raises(ConnectionError):
+            client.answer()
+    until((server.folder / "reader.closed").exists)
+
+
+def test_slow_but_steady_is_no_reason_to_end(serve):
+    """io_timeout is about progress, not about the whole: three times as long, in small steps, both ways."""
+    server = serve(io_timeout=2)
+    with server.connect() as client:
+        client.send(b"POST /size HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n")
+        for _ in range(20):
+            client.send(b"x" * 5000)
+            time.sleep(0.25)
+        assert client.answer().body == b"100000"
+
+
+def test_slow_the_longest_idle_connection_makes_room(serve):
+    server = serve(workers=1, connections=5)
+    clients = [server.connect() for _ in range(5)]
+    for client in clients:
+        client.get()
+    clients[0].get()  # so it is the second that has been idle for the longest
+    with server.connect() as newcomer:
+        assert newcomer.get().status == 200
+        assert clients[1].ended()
+        for client in clients[:1] + clients[2:]:
+            assert client.get().status == 200
+
+
+def test_slow_newcomers_are_not_starved_by_kept_connections(serve):
+    """One new connection is accepted each time a thread comes free, before a waiting one gets it."""
+    server = serve(workers=1, threads=2)
+    with Load(server, keep=12, closing=0) as load:
+        load.more(50)
+        for _ in range(20):
+            assert server.get().status == 200
+    assert load.lost == []
+
+
+# ==== the operator ===================================================================================================
+
+@pytest.fixture
+def certificates(folder):
+    """Two self-signed certificates for localhost, as (certfile, keyfile)."""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl command")
+    for name in ("one", "two"):
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+                        "-addext", "subjectAltName=DNS:localhost", "-keyout", f"{name}.key", "-out", f"{name}.pem"],
+                       cwd=folder, check=True, stderr=subprocess.DEVNULL)
+    return [{"certfile": folder / f"{name}.pem", "keyfile": folder / f"{name}.key"} for name in ("one", "two")]
+
+
+def trusting(pair):
+    context = ssl.create_default_context(cafile=str(pair["certfile"]))
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    return context
+
+
+@beyond_core
+def test_operator_tls_and_its_renewal(serve, certificates):
+    """The certificate changes at a reload; a connection in flight ends under the old one; a bad pair is refused."""
+    one, two = certificates
+    server = serve(workers=1, log_level="debug", **one)
+    assert server.addresses == [f"https://127.0.0.1:{server.port}"]
+    with server.connect(tls=trusting(one)) as client:
+        assert client.socket.selected_alpn_protocol() == "http/1.1"
+        assert client.get().json["wsgi.url_scheme"] == "https"
+        for size in (1000, 300000):  # more than one record, of which the server's selector may see nothing
+            assert client.post("/", b"x" * size).json["body"] == "x" * size
+        client.request("GET", "/one")
+        client.request("GET", "/two")
+        assert [client.answer().json["PATH_INFO"] for _ in range(2)] == ["/one", "/two"]
+        assert client.get("/big?8000000").body == b"0123456789abcdef" * 500000
+        server.reload("reload refused: .*(keyfile|certfile).*", certfile=one["certfile"], keyfile=two["keyfile"])
+        client.request("GET", "/hold?held")
+        until((server.folder / "held.began").exists)
+        server.reload(**two)
+        with server.connect(tls=trusting(two)) as new:
+            assert new.get().json["hupserve.generation"] == 2
+        with pytest.raises(ssl.SSLError):
+            server.connect(tls=trusting(one))
+        server.release("held")
+        assert client.answer().closes
+        assert client.ended()
+
+
+@beyond_core
+def test_operator_tls_handshakes_delay_nobody(serve, certificates):
+    """Whoever stalls in one, or speaks something else, costs no thread and leaves a debug line, no traceback."""
+    server = serve(workers=1, threads=1, header_timeout=1, log_level="debug", **certificates[0])
+    stalled = [server.connect() for _ in range(20)]
+    half = server.connect().send(b"\x16\x03\x01\x02\x00\x01\x00")
+    plain = server.connect().send(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n" * 10)
+    garbage = server.connect().send(os.urandom(100))
+    server.connect().send(b"\x16\x03\x01\x02\x00\x01\x00").close()
+    with server.connect(tls=trusting(certificates[0])) as client:
+        assert client.get().status == 200
+    for client in [*stalled, half, plain, garbage]:
+        with contextlib.suppress(ConnectionResetError):
+            while client.socket.recv(1000):  # an alert, maybe, and then the end
+                pass
+    assert "DEBUG" in server.log() and "ERROR" not in server.log()
+
+
+@beyond_core
+def test_operator_unix_sockets(serve, folder):
+    """Created as umask says, replaced when stale, kept by their inode, refused when live, gone when dropped."""
+    path, other = folder / "socket", folder / "other"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    server = serve(listen=f"unix:{path}", prefix=["sh", "-c", 'umask 077; exec "$@"', "sh"])
+    assert server.addresses == [f"unix:{path}"]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert Client(path).get().json["PATH_INFO"] == "/"
+    inode = path.stat().st_ino
+    server.reload(listen=f"unix:{path} unix:{other}")
+    assert path.stat().st_ino == inode and Client(other).get().json["hupserve.generation"] == 2
+    stop = run(server.ini, cwd=folder)
+    assert stop.returncode == 1 and str(path) in stop.stderr and len(stop.stderr.splitlines()) == 1
+    assert Client(path).get().status == 200, "the refused one has not taken it away"
+    server.reload(listen=f"unix:{other}")
+    until(lambda: not path.exists())
+    server.stop()
+    assert not other.exists()
+
+
+@beyond_core
+def test_operator_ipv6_and_all_addresses(serve):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("no IPv6")
+    server = serve(listen="[::1]:0")
+    assert Client(("::1", server.port)).get().json["REMOTE_ADDR"] == "::1"
+    port = free_port()
+    server.reload(listen=f"*:{port}")
+    assert Client(("127.0.0.1", port)).get().json["REMOTE_ADDR"] == "127.0.0.1"
+    assert Client(("::1", port)).get().json["REMOTE_ADDR"] == "::1"
+
+
+HAND_OVER = """
+import os, sys
+for number, descriptor in enumerate(sys.argv[1].split(",")):
+    os.dup2(int(descriptor), 3 + number)
+os.environ.update(LISTEN_FDS=str(number + 1), LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES="x")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@beyond_core
+def test_operator_socket_activation(serve, folder):
+    """LISTEN_FDS: the sockets are another's. The program itself is replaced, and no client is refused."""
+    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as unix:
+        tcp.bind(("127.0.0.1", 0))
+        unix.bind(str(folder / "socket"))
+        tcp.listen(), unix.listen()
+        descriptors = [fcntl.fcntl(held.fileno(), fcntl.F_DUPFD, 50) for held in (tcp, unix)]  # out of the way of 3 and 4
+        server = serve(listen=f"127.0.0.1:{tcp.getsockname()[1]} unix:{folder / 'socket'}",
+                       prefix=[PYTHON, "-c", HAND_OVER, ",".join(map(str, descriptors))],
+                       popen={"pass_fds": descriptors})
+        for descriptor in descriptors:
+            os.close(descriptor)
+        assert not [key for key in server.get("/environment").json if key.startswith("LISTEN_")]
+        with Load(server, keep=0, closing=4) as load:
+            load.more()
+            server.reload()
+            load.more()
+            server.stop()
+            assert Client is not None and (folder / "socket").exists()
+            server.popen["pass_fds"] = [tcp.fileno(), unix.fileno()]
+            server.prefix[-1] = f"{tcp.fileno()},{unix.fileno()}"
+            server.stderr.unlink()
+            server.start()
+            load.more()
+        assert load.lost == []
+        assert Client(folder / "socket").get().json["PATH_INFO"] == "/"
+
+
+@beyond_core
+@pytest.mark.parametrize("abstract", [False, True], ids=["file", "abstract"])
+def test_operator_sd_notify(serve, folder, abstract):
+    """READY, and for every SIGHUP RELOADING and READY again, whatever became of it; STOPPING at the end."""
+    name = f"@hupserve-test-{os.getpid()}" if abstract else str(folder / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(name.replace("@", "\0"))
+        notify.settimeout(DEADLINE)
+
+        def next_message(*expected):
+            """The next one that is more than a STATUS."""
+            while True:
+                message = dict(line.split("=", 1) for line in notify.recv(4096).decode().splitlines())
+                if set(message) != {"STATUS"}:
+                    assert set(expected) <= set(message), message
+                    return message
+
+        server = serve(env={"NOTIFY_SOCKET": name})
+        next_message("READY")
+        assert "NOTIFY_SOCKET" not in server.get("/environment").json
+        for change in ({"workers": 3}, {"workers": "none"}, {"workers": 2}):
+            before = time.monotonic_ns() // 1000
+            server.write(**change)
+            server.signal()
+            message = next_message("RELOADING", "MONOTONIC_USEC")
+            assert message["RELOADING"] == "1"
+            assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+            assert next_message("READY", "STATUS")["READY"] == "1"
+        server.write_app(GATE + APPLICATION)
+        server.release("gate")
+        server.signal()
+        next_message("RELOADING")
+        server.signal()  # it is remembered, and answered with a time after it came
+        before = time.monotonic_ns() // 1000
+        time.sleep(0.1)
+        (folder / "gate").unlink()
+        while True:
+            message = next_message()
+            if "RELOADING" in message and int(message["MONOTONIC_USEC"]) >= before - 50000:
+                break
+        next_message("READY")
+        server.signal(SIGTERM)
+        next_message("STOPPING")
+        assert server.process.wait(DEADLINE) == 0
+
+
+@beyond_core
+def test_operator_pidfile(serve, folder):
+    pidfile, moved = folder / "pid", folder / "moved"
+    pidfile.write_text("999999999\n")  # of a dead server
+    server = serve(pidfile=pidfile)
+    assert pidfile.read_text().strip() == str(server.pid)
+    (folder / "second.ini").write_text(GOOD.replace(KEY, f"pidfile = {pidfile}"))
+    stop = run(folder / "second.ini", cwd=folder)
+    assert stop.returncode in (1, 2) and str(pidfile) in stop.stderr and len(stop.stderr.splitlines()) == 1
+    assert pidfile.read_text().strip() == str(server.pid)
+    server.reload(pidfile=moved)
+    until(lambda: moved.exists() and not pidfile.exists())
+    assert moved.read_text().strip() == str(server.pid)
+    server.stop()
+    assert not moved.exists()
+
+
+COMBINED = re.compile(r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
+                      r'"((?:[^"\\]|\\.)*)" (\d{3}) (\d+|-) "((?:[^"\\]|\\.)*)" "((?:[^"\\]|\\.)*)" (\d+\.\d+)')
+
+
+@beyond_core
+def test_operator_access_log(serve):
+    """The combined format and the seconds taken; what clients sent is escaped."""
+    server = serve(access_log="access.log")
+    server.get("/a?b", "Referer: http://r/", 'User-Agent: "quoted" \\ caf\xe9')
+    with server.connect() as client:
+        client.send(b"nonsense\r\n\r\n").answer()
+    server.stop()
+    lines = server.log("access.log").splitlines()
+    assert len(lines) == 2 and lines[0].isascii()
+    request, status, size, referer, agent, seconds = COMBINED.fullmatch(lines[0]).groups()
+    assert (request, status, referer) == ("GET /a?b HTTP/1.1", "200", "http://r/") and int(size) > 100 > float(seconds)
+    assert "quoted" in agent and '"quoted"' not in agent.replace('\\"', "")
+    assert COMBINED.fullmatch(lines[1])[2] == "400"
+
+
+@beyond_core
+def test_operator_log_files_follow_rotation(serve, folder):
+    """They are renamed under load, and nobody is told (or USR1 is sent): no line is lost."""
+    server = serve(access_log="access.log", log_file="error.log")
+    with Load(server) as load:
+        for number in range(3):
+            load.more()
+            for name in ("access.log", "error.log"):
+                os.rename(folder / name, folder / f"{name}.{number}")
+            if number:
+                os.killpg(server.pid, SIGUSR1)
+            until((folder / "access.log").exists)
+        load.more()
+    os.kill(min(server.workers()), SIGKILL)
+    server.wait_log("replaced", file="error.log")
+    server.stop()
+    lines = "".join(path.read_text() for path in folder.glob("access.log*")).splitlines()
+    assert load.lost == [] and len(lines) == len(load.answered)
+
+
+@contextlib.contextmanager
+def terminal():
+    """A pseudo terminal: the window's end, and the end that a program started in it has for 0, 1 and 2."""
+    window, line = pty.openpty()
+    try:
+        yield window, {"stdin": line, "stdout": line, "stderr": line}
+        os.close(line)
+    finally:
+        for descriptor in (window, line):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+@beyond_core
+def test_operator_a_closed_terminal_stops_it(serve):
+    with terminal() as (window, streams):
+        server = serve(port=free_port(), terminal=True, popen=streams)
+        held = server.hold("held")
+        os.close(streams["stdin"])
+        os.close(window)
+        until(lambda: told(held.worker))
+        server.release("held")
+        assert held.answer().closes and server.process.wait(DEADLINE) == 0
+
+
+@beyond_core
+@pytest.mark.parametrize("how", ["nohup", "setsid"])
+def test_operator_nohup_and_setsid_outlive_the_terminal(serve, how):
+    with terminal() as (window, streams):
+        server = serve(port=free_port(), terminal=how == "nohup", prefix=["nohup"] if how == "nohup" else [],
+                       popen=streams)  # the harness itself is a setsid
+        os.close(streams["stdin"])
+        os.close(window)
+        with Load(server) as load:
+            load.more()
+            server.signal(SIGHUP)  # and this one is a reload
+            until(lambda: load.more(10)[-1][0] == 2)
+        assert load.lost == [] and server.process.poll() is None
+
+
+@beyond_core
+def test_operator_status_while_a_slow_request_drains(serve):
+    """Both generations, and what the old one waits for: client, method and path, age; and no query string."""
+    server = serve(Server.STATUS)
+    held = server.hold("secret")
+    server.reload()
+    until(lambda: len(server.status()) == 3)
+    workers = server.status()
+    [old] = [worker for worker in workers if worker["generation"] == 1]
+    assert old["pid"] == held.worker and old["state"] == "draining" and old["in_flight"] == 1
+    [waits] = old["waits_for"]
+    assert waits["request"] == "GET /hold" and waits["age"] >= 0 and "127.0.0.1" in waits["client"]
+    assert {worker["generation"] for worker in workers} == {1, 2}
+    for worker in workers:
+        assert {"pid", "worker", "generation", "state", "idle", "reading", "in_flight", "served", "waits_for"} <= set(worker)
+    page = server.get("/status", "Accept: text/html")
+    assert page.headers["content-type"].startswith("text/html") and str(held.worker).encode() in page.body
+    assert b"GET /hold" in page.body and b"secret" not in page.body
+    assert b"http://" not in page.body and b"https://" not in page.body, "it needs no other host"
+    assert server.get("/status", "Accept: application/json").json["workers"]
+    assert server.get("/statuses").json["PATH_INFO"] == "/statuses"
+    server.release("secret")
+    assert held.answer().status == 200
+    until(lambda: len(server.status()) == 2)
+
+
+@beyond_core
+def test_operator_the_example_runs_as_it_is(serve, folder):
+    text = HUPSERVE.with_name("example.ini").read_text()
+    text = re.sub(r"(?m)^listen *=.*", "listen = 127.0.0.1:0", text)
+    server = serve(text.partition("[server:main]")[2].partition("\n\n")[2])
+    server.ini.write_text(text)
+    server.signal()
+    server.wait_log("generation 2 serves")
+    page = server.get("/", "Accept: text/html").body
+    assert b"hello" in page and str(server.pid).encode() or page
+    assert server.get("/slow?seconds=0.1").status == 200
+    server.ini.write_text(re.sub(r"(?m)^greeting *=.*", "greeting = <b>good day</b>", text))
+    server.reload()
+    page = server.get("/", "Accept: text/html").body
+    assert b"&lt;b&gt;good day" in page and b"<b>good day" not in page
+
+
+PASTE = """
+[app:main]
+use = egg:Paste#static
+document_root = %(here)s
+"""
+COMPOSITE = """
+[DEFAULT]
+greeting = from DEFAULT
+[server:main]
+use = egg:waitress#main
+listen = 127.0.0.1:0
+colour = blue
+[composite:main]
+use = call:app:by_path
+first = one
+second = two
+[app:one]
+paste.app_factory = app:factory
+greeting = one
+[pipeline:two]
+pipeline = validate inner
+[filter:validate]
+paste.filter_factory = app:plain
+[app:inner]
+paste.app_factory = app:factory
+greeting = two
+"""
+BY_PATH = """
+def by_path(loader, global_conf, **paths):
+    apps = {f"/{name}": loader.get_app(app, global_conf=global_conf) for name, app in paths.items()}
+    return lambda environ, start_response: apps[environ["PATH_INFO"]](environ, start_response)
+def plain(global_conf):
+    return lambda app: app
+"""
+
+
+@beyond_core
+def test_operator_pastedeploy(folder):
+    """What hupserve does not read itself: composites, and another server's keys, which are a warning then."""
+    if not importable("paste.deploy"):
+        pytest.skip("the server's interpreter has no PasteDeploy")
+    server = Server(folder, code=APPLICATION + BY_PATH)
+    server.write = lambda: server.ini.write_text(COMPOSITE)
+    with server:
+        assert server.get("/first").json["greeting"] == "one" and server.get("/second").json["greeting"] == "two"
+        assert "colour" in server.log()
+        server.ini.write_text(COMPOSITE.replace("greeting = two", "greeting = three"))
+        server.reload()
+        assert server.get("/second").json["greeting"] == "three"
+    assert run("--check", server.ini, cwd=folder).returncode == 0
+
+
+@beyond_core
+def test_operator_without_pastedeploy_is_one_clear_line(folder):
+    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['paste'] = sys.modules['paste.deploy'] = None\n")
+    (folder / "app.py").write_text(APPLICATION + BY_PATH)
+    (folder / "paste.ini").write_text(COMPOSITE)
+    for arguments in ([], ["--check"]):
+        stop = run(*arguments, folder / "paste.ini", cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)})
+        lines = [line for line in stop.stderr.splitlines() if "colour" not in line]
+        assert stop.returncode in (1, 2) and len(lines) == 1 and "PasteDeploy" in lines[0], stop
+
+
+@beyond_core
+@pytest.mark.parametrize("what", ["log_file = /dev/full", "access_log = /dev/full", "closed stderr", "closed 0, 1 and 2",
+                                  "a pipe that nobody reads"])
+def test_operator_a_log_that_cannot_be_written_stops_nobody(serve, what):
+    if "full" in what:
+        server = serve(**dict([what.split(" = ")]))
+    elif "pipe" in what:
+        read, write = os.pipe()
+        os.close(read)
+        server = serve(port=free_port(), access_log="-", popen={"stderr": write, "stdout": write})
+        os.close(write)
+    else:
+        close = "2>&-" if what == "closed stderr" else "<&- >&- 2>&-"
+        server = serve(port=free_port(), access_log="-", prefix=["sh", "-c", f'exec "$@" {close}', "sh"])
+    with Load(server) as load:
+        load.more()
+        assert server.get("/log?text").body == b"logged" and server.get("/raise").status == 500
+        server.tracebacks = True
+        server.signal(SIGHUP)
+        until(lambda: load.more(10)[-1][0] == 2)
+        os.kill(min(server.workers()), SIGHUP)
+        load.more()
+    assert load.lost == []
+
+
+@beyond_core
+@pytest.mark.parametrize("what", ["deleted", "a folder", "unreadable", "half written", "empty"])
+def test_operator_an_ini_that_cannot_be_read_is_a_refused_reload(serve, what):
+    server = serve()
+    whole = server.ini.read_text()
+    server.ini.unlink()
+    if what == "a folder":
+        server.ini.mkdir()
+    elif what != "deleted":
+        server.ini.write_text({"unreadable": whole, "half written": whole[:whole.index("workers") + 4], "empty": ""}[what])
+    if what == "unreadable":
+        server.ini.chmod(0)
+        if os.access(server.ini, os.R_OK):
+            pytest.skip("nothing is unreadable to root")
+    line = server.reload("reload refused: .*")
+    assert "hupserve.ini" in line and server.get().json["hupserve.generation"] == 1
+    if what == "a folder":
+        server.ini.rmdir()
+    server.reload()
+    server.write()
+    assert server.reload() >= 2 and server.get().json["hupserve.generation"] >= 2
+
+
+@beyond_core
+def test_operator_a_stopped_master_stops_nobody(serve):
+    """SIGSTOP: the workers serve on; SIGCONT: what came meanwhile is done."""
+    server = serve()
+    with Load(server) as load:
+        server.signal(SIGSTOP)
+        for _ in range(100):
+            server.signal(SIGHUP)
+        assert {generation for generation, _, _ in load.more(300)} == {1}
+        server.signal(SIGCONT)
+        until(lambda: load.more(10)[-1][0] == 2)
+    assert load.lost == [] and len(server.workers()) == 2
+
+
+@beyond_core
+def test_operator_a_clock_that_jumps_changes_nothing(serve, folder):
+    """Monotonic time everywhere: here the server's time.time() jumps by a day, back and forth."""
+    (folder / "sitecustomize.py").write_text(
+        "import os, time\nreal = time.time\n"
+        "def jumping():\n    return real() + 86400 * (os.path.exists('later') - os.path.exists('earlier'))\n"
+        "time.time = jumping\n")
+    server = serve(env={"PYTHONPATH": str(folder)})
+    with server.connect() as client, Load(server) as load:
+        client.get()
+        for name in ("later", "earlier"):
+            server.release(name)
+            load.more(50)
+            (folder / name).unlink()
+            load.more(50)
+            assert not client.get().closes
+        server.reload()
+        load.more(50)
+    assert load.lost == []
+
+
+@beyond_core
+def test_operator_idle_it_uses_no_processor_time(serve):
+    server = serve()
+    with server.connect() as client:
+        client.get()
+        used = {process.pid: process.cpu for process in processes() if process.session == server.pid}
+        time.sleep(3)
+        now = {process.pid: process.cpu for process in processes() if process.session == server.pid}
+        assert sum(now.values()) - sum(used.values()) <= 0.03
+
+
+@beyond_core
+def test_operator_process_1_of_a_container(serve):
+    """In a pid namespace of its own: orphans it inherits are reaped, and everything works."""
+    prefix = ["unshare", "-pf", "--kill-child"]
+    if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no pid namespaces for this user")
+    server = serve(prefix=prefix)
+    assert "kill -HUP 1\n" in server.log()
+    [server.pid] = [process.pid for process in processes() if process.parent == server.pid]
+    with Load(server) as load:
+        for _ in range(10):
+            assert server.get("/orphan").body == b"orphaned"
+        until(lambda: len(server.workers()) == 2 and not server.zombies(), "the orphans to be reaped")
+        server.reload()
+        load.more()
+        os.kill(min(server.workers()), SIGKILL)
+        until(lambda: "replaced" in server.log())
+        until(lambda: len(server.workers()) == 2)
+    server.stop()
+
+
+@beyond_core
+def test_operator_10000_sighups(serve):
+    server = serve()
+    with Load(server) as load:
+        for number in range(10_000):
+            if number == 9_900:
+                server.write(server.APP.replace("hello", "the newest"))
+            server.signal()
+        until(lambda: server.get().json["greeting"] == "the newest")
+        until(lambda: len(server.workers()) == 2 and not server.zombies())
+    assert load.lost == []
+
+
+# ==== the benchmark ==================================================================================================
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:
+        sys.exit(bench(sys.argv[2:]))  # noqa: F821
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
