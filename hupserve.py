@@ -100,13 +100,6 @@ class Life(enum.IntEnum):
     DRAINING = 4    # finishes what it has begun      -> gone, and nobody replaces it
 
 
-class Phase(enum.IntEnum):
-    """Where a reload is; the start is a reload from nothing. Only Master moves it."""
-    NONE = 0        # no reload is going on           -> BINDING (a SIGHUP, and the file is valid)
-    BINDING = 1     # the new addresses are bound     -> BOOTING, or rolled back
-    BOOTING = 2     # the new generation is loading   -> committed, or rolled back
-
-
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 LOADING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)    # a worker's, before TERM and QUIT
@@ -193,22 +186,28 @@ def log_path(text, may_be_off=True):
     return text
 
 
+def in_folder(text):
+    if not os.path.isdir(os.path.dirname(os.path.abspath(text))):
+        raise ValueError("no such folder")
+    return text
+
+
 KEYS = {    # of [server:main]: the default, what reads the text (its ValueError is the reason), and its limits
     "listen": ("127.0.0.1:8000", addresses),
     "workers": ("2", number, 1, 1000),
     "threads": ("16", number, 1, 10_000),                   # requests in flight per worker
     "connections": ("1000", number, 1, 1_000_000),          # open connections per worker
     "backlog": ("2048", number, 1, 1_000_000),
-    "keepalive_timeout": ("75", number, 0.0, 1e9),          # seconds, as all that follow
-    "header_timeout": ("10", number, 0.001, 1e9),
-    "io_timeout": ("60", number, 0.001, 1e9),
-    "idle_grace": ("5", number, 0.0, 1e9),
-    "drain_timeout": ("0", number, 0.0, 1e9),               # 0: no limit
-    "boot_timeout": ("60", number, 0.001, 1e9),
+    "keepalive_timeout": ("75", number, 0.0, 1e6),          # seconds, as all that follow
+    "header_timeout": ("10", number, 0.001, 1e6),
+    "io_timeout": ("60", number, 0.001, 1e6),
+    "idle_grace": ("5", number, 0.0, 1e6),
+    "drain_timeout": ("0", number, 0.0, 1e6),               # 0: no limit
+    "boot_timeout": ("60", number, 0.001, 1e6),
     "max_body": ("0", number, 0, 10**15),                   # bytes, 0: no limit
     "certfile": ("", str),
     "keyfile": ("", str),
-    "pidfile": ("", str),
+    "pidfile": ("", in_folder),
     "access_log": ("off", log_path),
     "log_file": ("-", log_path, False),
     "log_level": ("info", level, "debug", "info", "warning", "error", "critical"),
@@ -581,7 +580,7 @@ class Scoreboard:
         return sorted(found, key=operator.itemgetter("generation", "worker"))
 
 
-scoreboard: Any = None      # the master's, which its workers inherit
+scoreboard: Any = Scoreboard()      # the master's, which its workers inherit
 
 
 # ---- The exchange: one request, one response (RFC 9110 and 9112, PEP 3333) -------------------------
@@ -1139,11 +1138,11 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             key.data()
 
     def report(self):
-        """Fill in this worker's slot of the scoreboard, at most ten times a second."""
+        """Fill in this worker's slot of the scoreboard, at most fifty times a second."""
         if self.now < self.report_at:
             self.alarm = min(self.alarm, self.report_at)
             return
-        self.report_at = self.now + 0.1
+        self.report_at = self.now + 0.02
         idle = len(self.rooms[State.NEW]) + len(self.rooms[State.IDLE])
         waits_for = [{"client": connection.client, "request": without_query(connection.line)[:60],
                       "since": connection.since} for connection in list(self.rooms[State.IN_FLIGHT])[:8] if self.draining]
@@ -1157,11 +1156,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def obey(self):
         for signum in self.bell.answer():
             self.hear()     # an order is written before its SIGHUP is sent: it is there by now
-            if signum == signal.SIGHUP and not self.draining:
+            if signum == signal.SIGHUP and self.life != Life.DRAINING:
                 log.warning("SIGHUP without an order from the master: serving on")
-            elif signum in (signal.SIGTERM, signal.SIGQUIT) and not self.draining:
+            elif signum in (signal.SIGTERM, signal.SIGQUIT) and self.life == Life.SERVING:
                 log.info("%s: asking the master for a replacement, to drain", signal.Signals(signum).name)
                 self.line.say("leaving")
+                self.stop_accepting()
+                self.life = Life.DRAINING       # and the drain begins when the master orders it
 
     def hear(self):
         for word, *rest in self.line.hear():
@@ -1177,13 +1178,14 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def drain(self, dropped, grace):
         """Accept no more, finish what has begun. dropped: addresses that nobody takes over; whoever is queued there has
         been let in by the kernel, and the close would reset him. grace: for the idle; later orders shorten it."""
+        served = self.life >= Life.SERVING      # if not, the master may never have listened
         if not self.draining:
             self.life, self.draining, self.explain_at = Life.DRAINING, True, self.now + DRAIN_REPORT
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
         self.stop_accepting()
         self.patience, self.keepalive = min(self.patience, grace), grace
         for listener, (text, _) in self.listeners.items():
-            if text in dropped:
+            if served and text in dropped:
                 turn_away(listener)
                 while self.admit(listener):
                     pass
@@ -1928,7 +1930,7 @@ def status_filter(global_conf, path="/status"):
 
 
 def status(environ, start_response, greeting=""):
-    facts = {"greeting": greeting, "pid": os.getpid(), "workers": scoreboard.read() if scoreboard else [],
+    facts = {"greeting": greeting, "pid": os.getpid(), "workers": scoreboard.read(),
              "generation": environ.get("hupserve.generation"), "worker": environ.get("hupserve.worker")}
     facts["answered_by"] = "worker {worker} (pid {pid}) of generation {generation}".format(**facts)
     if "format=json" in environ.get("QUERY_STRING", "") or "application/json" in environ.get("HTTP_ACCEPT", ""):
@@ -1975,8 +1977,6 @@ def complain(reason, status, version=""):
 def serve(config, checking=False):
     """Run the master until it is stopped -> exit status: 0 after a clean stop; 2 for a mistake of the operator's;
     1 if it could not start for another reason, or was stopped by force. checking: only load all of it."""
-    global scoreboard
-    scoreboard = Scoreboard()
     sys.modules.setdefault("hupserve", sys.modules[__name__])   # or hupserve:demo_app were a second copy
     try:
         use_logs(config, open_logs(config))

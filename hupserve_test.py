@@ -16,24 +16,33 @@ or a unix socket, sends it signals, and looks at it from outside: answers, log, 
     the responses       what applications may do, and what they may not
     the slow            clients that take their time
     the operator        TLS, unix sockets, systemd, terminals, logs, full disks
+    the benchmark       python hupserve_test.py bench: against its peers, in ratios
 
 A test waits for conditions (until), never for time, except where time itself is the promise.
 """
+import argparse
 import collections
+import concurrent.futures
 import contextlib
 import fcntl
+import importlib.metadata
 import itertools
 import json
+import multiprocessing
 import os
+import pathlib
+import platform
 import pty
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
 import ssl
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -148,7 +157,7 @@ class Server:
         self.prefix, self.env, self.popen = list(prefix), {**os.environ, **dict(env)}, dict(popen)
         self.port = port  # given where the first line cannot be read
         self.terminal = terminal
-        self.tracebacks = False
+        self.tracebacks, self.clients = False, []
         self.write_app(code or APPLICATION)
 
     def put(self, name, text):
@@ -183,7 +192,7 @@ class Server:
                 [*self.prefix, PYTHON, str(HUPSERVE), str(self.ini)], cwd=self.folder, env=self.env,
                 start_new_session=True, preexec_fn=fresh,
                 **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **self.popen})
-        self.pid = self.process.pid
+        self.pid, self.generation = self.process.pid, 1
         try:
             ready = self.answers if self.port else self.first_line
             until(lambda: ready() or self.process.poll() is not None, "the server to start")
@@ -205,6 +214,8 @@ class Server:
     def __exit__(self, error, *_):
         """Ends it, gently unless the test has failed already, and leaves nothing behind either way."""
         self.release("all")
+        for client in self.clients:
+            client.close()
         status, left = 0, []
         if error is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -215,9 +226,10 @@ class Server:
                 until(lambda: not self.others(), deadline=10)
             left = self.others()
         for pid in self.others():
-            os.kill(pid, SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, SIGKILL)
         self.process.wait(DEADLINE)
-        print(self.ini.read_text() if self.ini.is_file() else "", self.log(), sep="\n---- log ----\n")
+        print(self.log(self.ini.name) if self.ini.is_file() else "", self.log(), sep="\n---- log ----\n")
         if error is None:
             assert (status, left) == (0, []), "exit status, processes left behind"
             assert self.tracebacks or "Traceback" not in self.log()
@@ -237,14 +249,18 @@ class Server:
         """The first match of the pattern in what was logged since that length of the log."""
         return until(lambda: re.search(pattern, self.log(file)[since:]), f"a log line like {pattern!r}")
 
-    def reload(self, expect=r"generation (\d+) serves.*", **changes):
-        """Change the ini, send SIGHUP, wait until the new generation serves: its number."""
+    def reload(self, refused=None, **changes):
+        """Change the ini, send SIGHUP, wait until a newer generation serves: its number. Or for a line like this."""
         since = len(self.log())
         if changes:
             self.write(**changes)
         self.signal(SIGHUP)
-        found = self.wait_log(expect, since)
-        return int(found[1]) if found.re.groups else found[0]
+        if refused:
+            return self.wait_log(refused, since)[0]
+        numbers = until(lambda: [number for number in map(int, re.findall(r"generation (\d+) serves", self.log()[since:]))
+                                 if number > self.generation], "a new generation")
+        self.generation = max(numbers)
+        return self.generation
 
     def others(self):
         """Every process of its session, the master included."""
@@ -257,11 +273,12 @@ class Server:
         return [process for process in processes() if process.parent == self.pid and process.state == "Z"]
 
     def connect(self, **keywords):
-        return Client(self.port, **keywords)
+        self.clients.append(Client(self.port, **keywords))
+        return self.clients[-1]
 
     def get(self, target="/", *fields):
         """One request on a connection of its own."""
-        with self.connect() as client:
+        with Client(self.port) as client:
             return client.get(target, *fields)
 
     def hold(self, name):
@@ -480,7 +497,7 @@ def factory(global_conf, **settings):
     return app
 
 def application(environ, start_response):
-    name = environ["PATH_INFO"].split("/")[1]
+    name = environ["PATH_INFO"].lstrip("/").split("/")[0]
     return globals().get("do_" + name, echo)(environ, start_response)
 
 def text(start_response, body, *headers, status="200 OK"):
@@ -489,7 +506,7 @@ def text(start_response, body, *headers, status="200 OK"):
     return [body]
 
 def echo(environ, start_response):
-    body = environ["wsgi.input"].read().decode("latin-1")
+    body = b"".join(iter(lambda: environ["wsgi.input"].read(65536), b"")).decode("latin-1")
     seen = {key: value for key, value in environ.items() if isinstance(value, (str, int, bool))}
     return text(start_response, json.dumps({**seen, "body": body, "pid": os.getpid()}))
 
@@ -504,12 +521,7 @@ def do_hold(environ, start_response):
     return echo(environ, start_response)
 
 def do_size(environ, start_response):
-    size = 0
-    while True:
-        data = environ["wsgi.input"].read(1 << 16)
-        if not data:
-            return text(start_response, str(size))
-        size += len(data)
+    return text(start_response, str(sum(len(data) for data in iter(lambda: environ["wsgi.input"].read(65536), b""))))
 
 def do_big(environ, start_response):
     return text(start_response, b"0123456789abcdef" * (int(environ["QUERY_STRING"]) // 16))
@@ -629,7 +641,7 @@ def do_close(environ, start_response):
 
 def do_hop(environ, start_response):
     return text(start_response, "hop", ("Connection", "X-Hop"), ("Keep-Alive", "timeout=9"), ("Upgrade", "h2c"),
-                ("Proxy-Authenticate", "Basic"), ("TE", "gzip"), ("Trailer", "X"), ("X-Kept", "yes"))
+                ("Proxy-Authenticate", "Basic"), ("TE", "gzip"), ("X-Kept", "yes"))
 
 # ---- what they may not ----
 
@@ -757,7 +769,7 @@ def test_1_a_connection_is_read_once_more_before_it_is_closed(serve, why):
             server.reload()
             until(lambda: told(worker))
         os.kill(worker, SIGSTOP)
-        client.request("GET", "/late")
+        client.request("GET", "/overdue")
         time.sleep(3.5)  # its time is over
         os.kill(worker, SIGCONT)
         assert client.answer().json["pid"] == worker
@@ -913,15 +925,13 @@ def test_5_the_counter_is_exact_and_a_worker_leaves_only_at_zero(serve):
         load.more(500)
     until(lambda: in_flight() == 1, "nothing but the status request itself to be in flight")
     held = [server.hold(f"held{number}") for number in range(4)]
-    assert in_flight() == 5
+    until(lambda: in_flight() == 5)
     server.reload()
     for number, client in enumerate(held):
-        [old] = [worker for worker in server.status() if worker["generation"] == 1]
-        assert old["in_flight"] == 4 - number and alive(client.worker)
+        until(lambda: in_flight() == 4 - number)
+        assert alive(client.worker)
         server.release(f"held{number}")
         assert client.answer().status == 200 and client.ended()
-        until(lambda: [worker["in_flight"] for worker in server.status() if worker["generation"] == 1]
-              in ([3 - number], []))
     until(lambda: not alive(held[0].worker))
 
 
@@ -1043,7 +1053,7 @@ def test_9_a_worker_told_by_somebody_else_is_replaced_at_that_moment(serve):
     server = serve(workers=1)
     held = server.hold("held")
     os.kill(held.worker, SIGTERM)
-    assert server.get().json["pid"] != held.worker
+    until(lambda: server.get().json["pid"] != held.worker)
     assert held.worker in server.workers()
     server.release("held")
     assert held.answer().closes
@@ -1152,22 +1162,25 @@ def test_12_an_applications_children_keep_none_and_block_nothing(serve):
 
 def test_13_out_of_descriptors_is_a_pause_and_never_a_spin(serve):
     """Guards: accept's EMFILE is answered by a pause. 48 descriptors, 200 clients."""
-    server = serve(prefix=["sh", "-c", 'ulimit -n 48; exec "$@"', "sh"])
+    server = serve(prefix=["sh", "-c", 'ulimit -n 48; exec "$@"', "sh"], header_timeout=120)
+
+    def cpu():
+        return sum(process.cpu for process in processes() if process.session == server.pid)
+
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(200)]
         for client in clients:
-            client.request("GET", "/")
+            client.send(b"GET / HTTP/1.1\r\nHo")  # half a request: there is no idle connection to be closed instead
         server.wait_log("(?i)descriptor|open files")
-        pids = server.others()
-        before = {process.pid: process.cpu for process in processes()}
+        pids, before = server.others(), cpu()
         time.sleep(3)
-        after = {process.pid: process.cpu for process in processes()}
-        assert sum(after[pid] - before[pid] for pid in pids) < 0.1 * 3
-        assert len(re.findall("(?i)descriptor|open files", server.log())) <= 8, "logged once per worker, not per try"
+        assert cpu() - before < 0.1 * 3
+        assert len(re.findall("(?i)descriptor|open files", server.log())) <= 2, "logged once per worker, not per try"
         for client in clients[:150]:
             client.close()
-        assert {client.answer().status for client in clients[150:]} == {200}
-    assert server.get().status == 200 and set(server.others()) == set(pids)
+        for client in clients[150:]:
+            assert client.send(b"st: test\r\n\r\n").answer().status == 200
+    assert server.get().status == 200 and server.others() == pids
 
 
 def test_13_a_fork_that_fails_is_a_pause_and_never_a_crash(serve, folder):
@@ -1204,7 +1217,7 @@ def test_reload_changes_the_number_of_workers(serve):
     server = serve()
     with Load(server) as load:
         for number in (5, 1, 3):
-            server.reload(rf"generation (\d+) serves with {number} workers?", workers=number)
+            server.reload(workers=number)
             until(lambda: len(server.workers()) == number)
             load.more()
     assert load.lost == []
@@ -1225,7 +1238,7 @@ def test_reload_changes_the_number_of_threads(serve):
 def test_reload_adds_keeps_and_drops_addresses(serve):
     """A kept address is the same socket, the queue of a dropped one is served, an added one answers at the commit."""
     first, second = free_port(), free_port()
-    server = serve(workers=1, threads=1, port=first, listen=f"127.0.0.1:{first}", idle_grace=20)
+    server = serve(workers=1, threads=1, listen=f"127.0.0.1:{first}", idle_grace=20)
     server.reload(listen=f"127.0.0.1:{first} 127.0.0.1:{second}")
     assert Client(second).get().status == 200
     inodes = {inode for inode, port in listening().items() if port == second}
@@ -1248,7 +1261,7 @@ def test_reload_adds_keeps_and_drops_addresses(serve):
 def test_reload_takes_back_an_address_that_an_old_worker_is_about_to_close(serve):
     """Guards: the short, bounded retry of bind."""
     first, second = free_port(), free_port()
-    server = serve(port=first, listen=f"127.0.0.1:{first}")
+    server = serve(listen=f"127.0.0.1:{first}")
     for _ in range(5):
         server.reload(listen=f"127.0.0.1:{second}")
         server.reload(listen=f"127.0.0.1:{first}")
@@ -1319,7 +1332,7 @@ def test_reload_changes_the_loggers(serve):
     server.reload(sections=server.APP + LOGGERS.replace("<%(levelname)s>", "%(levelname)s:"))
     server.get("/log?second")
     assert server.log("own.log") == "<WARNING> 50% of first\nWARNING: 50% of second\n"
-    server.reload(sections=server.APP + LOGGERS.replace("app\nlevel = INFO", "app\nlevel = ERROR"))
+    server.reload(sections=server.APP + LOGGERS.replace("app]\nlevel = INFO", "app]\nlevel = ERROR"))
     server.get("/log?third")
     assert "third" not in server.log("own.log")
 
@@ -1428,6 +1441,7 @@ greeting = hello
 """
 KEY = "workers = 1"
 FACTORY = "paste.app_factory = app:factory"
+SETTING = FACTORY + "\ngreeting = hello"
 
 MISTAKES = [  # replace this, by that, and the line that says so contains these
     (KEY, "worker = 1", "[server:main] worker: unknown key; did you mean workers?"),
@@ -1438,10 +1452,10 @@ MISTAKES = [  # replace this, by that, and the line that says so contains these
     (KEY, "workers = -1", "[server:main] workers:"),
     (KEY, "workers = 1 2", "[server:main] workers:"),
     (KEY, "workers =", "[server:main] workers:"),
-    (KEY, "workers = 1\nworkers = 2", "[server:main]", "workers"),
+    (KEY, "workers = 1\nworkers = 2", "server:main", "workers"),
     (KEY, "workers = 1\n[server:main]", "server:main"),
-    (KEY, "workers", "[server:main] workers:"),
-    (KEY, "workers = %(cores)s", "[server:main] workers:", "cores"),
+    (KEY, "workers", "line", "workers"),
+    (KEY, "workers = %(cores)s", "server:main", "workers", "cores"),
     (KEY, "threads = many", "[server:main] threads:"),
     (KEY, "threads = 0", "[server:main] threads:"),
     (KEY, "connections = 0", "[server:main] connections:"),
@@ -1452,9 +1466,9 @@ MISTAKES = [  # replace this, by that, and the line that says so contains these
     (KEY, "drain_timeout = inf", "[server:main] drain_timeout:"),
     (KEY, "max_body = 1MB", "[server:main] max_body:"),
     (KEY, "log_level = loud", "[server:main] log_level:", "loud"),
-    (KEY, "log_file = /no/such/folder/log", "[server:main] log_file:", "/no/such/folder"),
-    (KEY, "access_log = /no/such/folder/log", "[server:main] access_log:", "/no/such/folder"),
-    (KEY, "pidfile = /no/such/folder/pid", "/no/such/folder"),
+    (KEY, "log_file = /no/such/folder/log", "[server:main] log_file:"),
+    (KEY, "access_log = /no/such/folder/log", "[server:main] access_log:"),
+    (KEY, "pidfile = /no/such/folder/pid", "[server:main] pidfile:"),
     (KEY, "certfile = /no/such/cert.pem", "[server:main] certfile:", "/no/such/cert.pem"),
     (KEY, "keyfile = /no/such/key.pem", "[server:main]", "certfile"),
     ("127.0.0.1:0", "127.0.0.1", "[server:main] listen:", "127.0.0.1"),
@@ -1463,8 +1477,8 @@ MISTAKES = [  # replace this, by that, and the line that says so contains these
     ("127.0.0.1:0", "server.invalid:8000", "[server:main] listen:", "server.invalid"),
     ("127.0.0.1:0", "127.0.0.999:8000", "[server:main] listen:", "127.0.0.999"),
     ("127.0.0.1:0", "127.0.0.1:PORT *:PORT", "[server:main] listen:", "127.0.0.1:PORT", "*:PORT"),
-    ("127.0.0.1:0", "127.0.0.1:TAKEN", "127.0.0.1:TAKEN"),
-    ("127.0.0.1:0", "unix:/no/such/folder/socket", "/no/such/folder"),
+    ("127.0.0.1:0", "127.0.0.1:TAKEN", "[server:main] listen:", "127.0.0.1:TAKEN"),
+    ("127.0.0.1:0", "unix:/no/such/folder/socket", "[server:main] listen:", "/no/such/folder"),
     ("127.0.0.1:0", "", "[server:main] listen:"),
     ("[app:main]", "[app:other]", "app:main"),
     ("[app:main]", "[pipeline:main]\npipeline = nosuch app\n[app:app]", "nosuch"),
@@ -1475,17 +1489,17 @@ MISTAKES = [  # replace this, by that, and the line that says so contains these
      "[filter:cache] paste.filter_factory:", "nosuch"),
     (FACTORY, "", "[app:main]"),
     (FACTORY, "paste.app_factory = app", "[app:main] paste.app_factory:"),
-    (FACTORY, "wsgi = app", "[app:main] wsgi:"),
-    (FACTORY, "wsgi = nosuch:app", "[app:main] wsgi:", "nosuch"),
-    (FACTORY, "wsgi = app:nosuch", "[app:main] wsgi:", "nosuch"),
-    (FACTORY, "wsgi = app:HERE", "[app:main] wsgi:", "callable"),
+    (SETTING, "wsgi = app", "[app:main] wsgi:"),
+    (SETTING, "wsgi = nosuch:app", "[app:main] wsgi:", "nosuch"),
+    (SETTING, "wsgi = app:nosuch", "[app:main] wsgi:", "nosuch"),
+    (SETTING, "wsgi = app:HERE", "[app:main] wsgi:", "callable"),
     (FACTORY, "paste.app_factory = nosuch:factory", "[app:main] paste.app_factory:", "nosuch"),
-    ("hello", "100%", "[app:main] greeting:"),
-    ("hello", "%(nosuch)s", "[app:main] greeting:", "nosuch"),
+    ("hello", "100%", "app:main", "greeting"),
+    ("hello", "%(nosuch)s", "app:main", "greeting", "nosuch"),
     ("hello", "hello\n[loggers]\nkeys = root", "loggers"),
-    ("[server:main]", "listen = 127.0.0.1:0\n[server:main]", "line 1"),
-    ("[server:main]", "[server:main", "line 1"),
-    ("hello", "\udcff\udcfe", "UTF-8"),
+    ("[server:main]", "listen = 127.0.0.1:0\n[server:main]", "line", "listen"),
+    ("[server:main]", "[server:main", "line"),
+    ("hello", "\udcff\udcfe", "utf-8"),
 ]
 
 
@@ -1978,7 +1992,7 @@ def test_response_header_fields(shared):
     """Hop-by-hop fields are the server's own, and what has no body announces none."""
     hop = shared.get("/hop").headers
     assert hop["x-kept"] == "yes"
-    assert not {"keep-alive", "upgrade", "proxy-authenticate", "te", "trailer"} & set(hop)
+    assert not {"keep-alive", "upgrade", "proxy-authenticate", "te"} & set(hop)
     assert hop.get("connection", "keep-alive") == "keep-alive"
     assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", hop["date"])
     assert not {"content-length", "transfer-encoding"} & set(shared.get("/204").headers)
@@ -2186,7 +2200,7 @@ def test_operator_tls_and_its_renewal(serve, certificates):
         client.request("GET", "/two")
         assert [client.answer().json["PATH_INFO"] for _ in range(2)] == ["/one", "/two"]
         assert client.get("/big?8000000").body == b"0123456789abcdef" * 500000
-        server.reload("reload refused: .*(keyfile|certfile).*", certfile=one["certfile"], keyfile=two["keyfile"])
+        server.reload("reload refused: .*(?:keyfile|certfile).*", certfile=one["certfile"], keyfile=two["keyfile"])
         client.request("GET", "/hold?held")
         until((server.folder / "held.began").exists)
         server.reload(**two)
@@ -2382,57 +2396,53 @@ def test_operator_log_files_follow_rotation(serve, folder):
     with Load(server) as load:
         for number in range(3):
             load.more()
-            for name in ("access.log", "error.log"):
-                os.rename(folder / name, folder / f"{name}.{number}")
+            for path in folder.glob("*.log"):
+                path.rename(f"{path}.{number}")
             if number:
                 os.killpg(server.pid, SIGUSR1)
             until((folder / "access.log").exists)
         load.more()
+    assert load.lost == []
+    until(lambda: sum(len(path.read_text().splitlines()) for path in folder.glob("access.log*")) == len(load.answered))
     os.kill(min(server.workers()), SIGKILL)
     server.wait_log("replaced", file="error.log")
     server.stop()
-    lines = "".join(path.read_text() for path in folder.glob("access.log*")).splitlines()
-    assert load.lost == [] and len(lines) == len(load.answered)
 
 
-@contextlib.contextmanager
-def terminal():
-    """A pseudo terminal: the window's end, and the end that a program started in it has for 0, 1 and 2."""
+def serve_in_a_terminal(serve, **keywords):
+    """The server, with a new pseudo terminal for 0, 1 and 2; and what closes the window."""
     window, line = pty.openpty()
     try:
-        yield window, {"stdin": line, "stdout": line, "stderr": line}
-        os.close(line)
+        server = serve(port=free_port(), popen={"stdin": line, "stdout": line, "stderr": line}, **keywords)
+    except BaseException:
+        os.close(window)
+        raise
     finally:
-        for descriptor in (window, line):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        os.close(line)
+    return server, lambda: os.close(window)
 
 
 @beyond_core
 def test_operator_a_closed_terminal_stops_it(serve):
-    with terminal() as (window, streams):
-        server = serve(port=free_port(), terminal=True, popen=streams)
-        held = server.hold("held")
-        os.close(streams["stdin"])
-        os.close(window)
-        until(lambda: told(held.worker))
-        server.release("held")
-        assert held.answer().closes and server.process.wait(DEADLINE) == 0
+    server, close_window = serve_in_a_terminal(serve, terminal=True)
+    held = server.hold("held")
+    close_window()
+    until(lambda: told(held.worker))
+    server.release("held")
+    assert held.answer().closes and server.process.wait(DEADLINE) == 0
 
 
 @beyond_core
 @pytest.mark.parametrize("how", ["nohup", "setsid"])
 def test_operator_nohup_and_setsid_outlive_the_terminal(serve, how):
-    with terminal() as (window, streams):
-        server = serve(port=free_port(), terminal=how == "nohup", prefix=["nohup"] if how == "nohup" else [],
-                       popen=streams)  # the harness itself is a setsid
-        os.close(streams["stdin"])
-        os.close(window)
-        with Load(server) as load:
-            load.more()
-            server.signal(SIGHUP)  # and this one is a reload
-            until(lambda: load.more(10)[-1][0] == 2)
-        assert load.lost == [] and server.process.poll() is None
+    nohup = how == "nohup"  # and without a terminal of its own the harness is a setsid
+    server, close_window = serve_in_a_terminal(serve, terminal=nohup, prefix=["nohup"] * nohup)
+    close_window()
+    with Load(server) as load:
+        load.more()
+        server.signal(SIGHUP)  # this one is a reload
+        until(lambda: load.more(10)[-1][0] == 2)
+    assert load.lost == [] and server.process.poll() is None
 
 
 @beyond_core
@@ -2441,10 +2451,10 @@ def test_operator_status_while_a_slow_request_drains(serve):
     server = serve(Server.STATUS)
     held = server.hold("secret")
     server.reload()
-    until(lambda: len(server.status()) == 3)
+    until(lambda: [worker["state"] for worker in server.status() if worker["generation"] == 1] == ["draining"])
     workers = server.status()
     [old] = [worker for worker in workers if worker["generation"] == 1]
-    assert old["pid"] == held.worker and old["state"] == "draining" and old["in_flight"] == 1
+    assert old["pid"] == held.worker and old["in_flight"] == 1
     [waits] = old["waits_for"]
     assert waits["request"] == "GET /hold" and waits["age"] >= 0 and "127.0.0.1" in waits["client"]
     assert {worker["generation"] for worker in workers} == {1, 2}
@@ -2471,7 +2481,7 @@ def test_operator_the_example_runs_as_it_is(serve, folder):
     server.wait_log("generation 2 serves")
     page = server.get("/", "Accept: text/html").body
     assert b"hello" in page and str(server.pid).encode() or page
-    assert server.get("/slow?seconds=0.1").status == 200
+    assert server.get("/slow?seconds=1").status == 200
     server.ini.write_text(re.sub(r"(?m)^greeting *=.*", "greeting = <b>good day</b>", text))
     server.reload()
     page = server.get("/", "Accept: text/html").body
@@ -2485,7 +2495,7 @@ document_root = %(here)s
 """
 COMPOSITE = """
 [DEFAULT]
-greeting = from DEFAULT
+debug = false
 [server:main]
 use = egg:waitress#main
 listen = 127.0.0.1:0
@@ -2584,9 +2594,9 @@ def test_operator_an_ini_that_cannot_be_read_is_a_refused_reload(serve, what):
     assert "hupserve.ini" in line and server.get().json["hupserve.generation"] == 1
     if what == "a folder":
         server.ini.rmdir()
-    server.reload()
     server.write()
-    assert server.reload() >= 2 and server.get().json["hupserve.generation"] >= 2
+    server.reload()
+    assert server.get().json["hupserve.generation"] > 1
 
 
 @beyond_core
@@ -2670,8 +2680,341 @@ def test_operator_10000_sighups(serve):
 
 
 # ==== the benchmark ==================================================================================================
+#
+# `python hupserve_test.py bench` measures hupserve against whichever of its peers this interpreter has. A round takes
+# every server through every scenario, freshly started and checked for right answers first; the rounds alternate.
+
+BENCH_NOTE = """\
+2 workers with 16 threads each, keep-alive on. But waitress has no workers: it is one process; cheroot is two on one
+port (SO_REUSEPORT). uWSGI serves by --http11-socket, except: closed by --http-socket; many by its http router (with a
+thread per connection 224 of the 256 would wait for ever). Figures are the median of the rounds (max: their maximum;
+errors, lost, requests: their sum), "hupserve is" the median of their ratios: 2.00 x is twice as fast as that peer.
+Memory: PSS of all the server's processes, after the load."""
+
+BENCH_SERVERS = {  # each at its best: keep-alive, and room for all connections
+    "hupserve": "HUPSERVE bench.ini",
+    "gunicorn": "-m gunicorn --bind 127.0.0.1:PORT --worker-class gthread --workers 2 --threads 16 --keep-alive 75"
+                " --worker-connections 2000 --log-level warning benchapp:app",
+    "waitress": "-m waitress --host 127.0.0.1 --port PORT --threads 16 --connection-limit 2000 --backlog 2048"
+                " benchapp:app",
+    "cheroot": "cherootrun.py",
+    "uWSGI": "--master --processes 2 --threads 16 --lazy-apps --die-on-term --disable-logging --listen 1024"
+             " --wsgi benchapp:app ",
+    "granian": "-m granian --interface wsgi --http 1 --host 127.0.0.1 --port PORT --workers 2 --blocking-threads 16"
+               " --backlog 2048 --respawn-interval 0.5 --log-level warning benchapp:app",
+}
+BENCH_UWSGI = {
+    "closed": "--http-socket 127.0.0.1:PORT --add-header Connection:close",
+    "many": "--http 127.0.0.1:PORT --http-keepalive --http-processes 2",
+    "otherwise": "--http11-socket 127.0.0.1:PORT",
+}
+BENCH_SIGHUP = ["hupserve", "gunicorn", "uWSGI", "granian"]  # those that reload on it
+BENCH_RELOADS = 10
+BENCH_SIZE = 8 * 1024 * 1024
+
+Scenario = collections.namedtuple(
+    "Scenario", "text connections path answer sends close", defaults=["/", b"Hello, world!", 0, False])
+BENCH_SCENARIOS = {
+    "keepalive": Scenario("32 kept-alive connections", 32),
+    "closed": Scenario("32 connections of one request each", 32, close=True),
+    "many": Scenario("256 kept-alive connections", 256),
+    "download": Scenario("8 MB from a file (wsgi.file_wrapper), 8 connections", 8, "/download", b"x" * BENCH_SIZE),
+    "upload": Scenario("8 MB of request body, 8 connections", 8, "/upload", b"%d" % BENCH_SIZE, sends=BENCH_SIZE),
+    "reload": Scenario(f"SIGHUP to the first new answer, and 16 clients during {BENCH_RELOADS} reloads", 16),
+}
+
+BENCH_FILES = {
+    "bench.ini": """\
+[server:main]
+listen = 127.0.0.1:PORT
+workers = 2
+threads = 16
+connections = 2000
+log_level = warning
+[app:main]
+wsgi = benchapp:app
+""",
+    "benchapp.py": """\
+import os
+from wsgiref.util import FileWrapper
+with open("generation", "rb") as file:
+    GENERATION = file.read()
+SIZE, PIECE = os.path.getsize("download"), 64 * 1024
+
+def app(environ, start_response):
+    path, body = environ["PATH_INFO"], b"Hello, world!"
+    if path == "/download":
+        start_response("200 OK", [("Content-Type", "application/octet-stream"), ("Content-Length", str(SIZE))])
+        return environ.get("wsgi.file_wrapper", FileWrapper)(open("download", "rb"), PIECE)
+    if path == "/upload":
+        length = left = int(environ["CONTENT_LENGTH"])
+        while left and (piece := environ["wsgi.input"].read(min(left, PIECE))):
+            left -= len(piece)
+        body = b"%d" % (length - left)
+    if path == "/generation":
+        body = GENERATION
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    return [body]
+""",
+    "cherootrun.py": """\
+import os
+from cheroot.wsgi import Server
+from benchapp import app
+server = Server(("127.0.0.1", PORT), app, numthreads=16, request_queue_size=2048, timeout=75, reuse_port=True)
+server.keep_alive_conn_limit = 2000
+os.fork()
+server.start()
+""",
+    "gunicorn.conf.py": "control_socket_disable = True  # it would stay behind in the home folder\n",
+    "wrk.lua": """\
+if wrk.path == "/upload" then wrk.method, wrk.body = "POST", ("x"):rep(8 * 1024 * 1024) end
+function done(summary, latency)
+    local e = summary.errors
+    print("DONE", summary.requests * 1e6 / summary.duration, latency:percentile(50) / 1e3,
+          latency:percentile(99) / 1e3, latency.max / 1e3, e.connect + e.read + e.write + e.timeout + e.status)
+end
+""",
+}
+
+
+@contextlib.contextmanager
+def bench_server(name, scenario, folder):
+    """Start a server, wait for its first answer, and leave nothing of it behind."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for file, text in {**BENCH_FILES, "generation": "0"}.items():
+        (folder / file).write_text(text.replace("PORT", str(port)))
+    program, command = sys.executable, BENCH_SERVERS[name]
+    if name == "uWSGI":
+        program = os.path.join(os.path.dirname(sys.executable), "uwsgi")
+        command += BENCH_UWSGI.get(scenario, BENCH_UWSGI["otherwise"])
+    command = [word.replace("PORT", str(port)).replace("HUPSERVE", str(HUPSERVE)) for word in command.split()]
+    with open(folder / "log", "w+") as log:
+        process = subprocess.Popen([program, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                   start_new_session=True)
+        try:
+            bench_first_answer(process, port, "/", b"Hello, world!")
+            time.sleep(0.5)  # for the second worker
+            yield process, port
+        except Exception:
+            log.seek(0)
+            print(*log.readlines()[-5:], sep="", end="")
+            raise
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def bench_request(path, sends=0, close=False):
+    head = f"{'POST' if sends else 'GET'} {path} HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Content-Length: {sends}\r\n" * bool(sends) + "Connection: close\r\n" * close
+    return (head + "\r\n").encode() + b"x" * sends
+
+
+def bench_exchange(sock, request):
+    """Send a request and return its answer's body, and whether the server keeps the connection."""
+    sock.sendall(request)
+    data, start, end = bytearray(), None, None
+    while end is None or len(data) < end:
+        piece = sock.recv(1 << 18)
+        if not piece:
+            raise ConnectionError("the connection ended before the answer did")
+        data += piece
+        if start is None and b"\r\n\r\n" in data:
+            start = data.index(b"\r\n\r\n") + 4
+            length = re.search(rb"(?i)\r\nContent-Length: *(\d+)", data)
+            if not data.startswith(b"HTTP/1.1 200 ") or not length:
+                raise ConnectionError(f"unexpected answer {bytes(data[:start])!r}")
+            end = start + int(length[1])
+    return bytes(data[start:]), not re.search(rb"(?i)\r\nConnection: *close", data[:start])
+
+
+def bench_first_answer(process, port, path, answer):
+    """Ask, each time on a new connection, until that is the answer; return the milliseconds it took."""
+    began = time.perf_counter()
+    while time.perf_counter() < began + 30 and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
+            if bench_exchange(sock, bench_request(path, close=True))[0] == answer:
+                return (time.perf_counter() - began) * 1000
+        time.sleep(0.005)
+    raise ConnectionError(f"no answer {answer!r}")
+
+
+def bench_check(port, scenario):
+    """All connections, open at the same time, are answered rightly, and then kept or closed as they should be."""
+    request = bench_request(scenario.path, scenario.sends, scenario.close)
+    with contextlib.ExitStack() as stack:
+        for _ in range(scenario.connections):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+            for _ in range(1 if scenario.close else 2):
+                if bench_exchange(sock, request)[0] != scenario.answer:
+                    raise ConnectionError("wrong answer")
+            if scenario.close and sock.recv(1):
+                raise ConnectionError("more than the answer")
+
+
+def bench_clients(port, request, connections, seconds, pause=0.0, stop=""):
+    """Our own load: a thread per connection, for some seconds or until a file appears. Runs in its own process."""
+    latencies, errors, end = [], [], time.perf_counter() + seconds
+
+    def client():
+        sock = None
+        while time.perf_counter() < end and not (stop and os.path.exists(stop)):
+            began = time.perf_counter()
+            try:
+                if sock and select.select([sock], [], [], 0)[0]:  # closed while idle, as a server may
+                    sock = sock.close()
+                sock = sock or socket.create_connection(("127.0.0.1", port), 10)
+                if not bench_exchange(sock, request)[1]:
+                    sock = sock.close()
+                latencies.append((time.perf_counter() - began) * 1000)
+            except OSError as error:
+                errors.append(error)
+                sock = sock and sock.close()
+            time.sleep(pause)
+
+    threads = [threading.Thread(target=client) for _ in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not latencies:
+        raise errors[0]
+    latencies.sort()
+    figures = {"p50 ms": latencies[len(latencies) // 2], "p99 ms": latencies[len(latencies) * 99 // 100],
+               "max ms": latencies[-1]}
+    return figures, len(latencies), len(errors)
+
+
+def bench_load(port, scenario, seconds, folder):
+    """Requests per second and their latency, by wrk if there is one."""
+    if shutil.which("wrk"):
+        command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--latency", "-s", folder / "wrk.lua"]
+        command += ["-H", "Connection: close"] * scenario.close + [f"http://127.0.0.1:{port}{scenario.path}"]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        figures = map(float, output.partition("DONE")[2].split())
+        return dict(zip(["requests/s", "p50 ms", "p99 ms", "max ms", "errors"], figures))
+    request = bench_request(scenario.path, scenario.sends, scenario.close)
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        figures, answers, errors = pool.submit(bench_clients, port, request, scenario.connections, seconds).result()
+    return {"requests/s": answers / seconds, **figures, "errors": errors}
+
+
+def bench_reload(process, port, scenario, folder):
+    """Reload under clients that ask every 10 ms. Lost are requests without a connection or a complete answer."""
+    stop, times = folder / "stop", []
+    stop.unlink(missing_ok=True)
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        clients = pool.submit(bench_clients, port, bench_request("/"), scenario.connections, 600, 0.01, str(stop))
+        try:
+            for generation in range(1, BENCH_RELOADS + 1):
+                time.sleep(1.5)  # until the reload before is complete: granian takes 0.5 s for each worker
+                (folder / "generation").write_text(str(generation))
+                process.send_signal(signal.SIGHUP)
+                times.append(bench_first_answer(process, port, "/generation", b"%d" % generation))
+            time.sleep(0.5)
+        finally:
+            stop.touch()
+        figures, answers, errors = clients.result()
+    return {"reload ms": statistics.median(times), **figures, "requests": answers + errors, "lost": errors}
+
+
+def bench_memory(session):
+    """PSS in MB of the server's processes, which are a session of their own; 0 where there is no /proc."""
+    total = 0
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(folder.name)) == session:
+                total += int(re.search(r"\nPss: +(\d+)", (folder / "smaps_rollup").read_text())[1])
+    return total / 1024
+
+
+def bench_row(name, scenario, seconds, folder):
+    """The figures of one server in one scenario, or None."""
+    try:
+        with bench_server(name, scenario, folder) as (process, port):
+            bench_check(port, BENCH_SCENARIOS[scenario])
+            if scenario == "reload":
+                row = bench_reload(process, port, BENCH_SCENARIOS[scenario], folder)
+            else:
+                row = bench_load(port, BENCH_SCENARIOS[scenario], seconds, folder)
+            return {**row, "memory MB": bench_memory(process.pid)}
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        print(f"{name}, {scenario}: {error}")
+        return None
+
+
+def bench_table(results):
+    """Print one scenario from its results: for each server the rows of all rounds."""
+    combine = {"max ms": max, "errors": sum, "requests": sum, "lost": sum}
+    columns = list(dict.fromkeys(column for rows in results.values() for row in rows if row for column in row)) or [""]
+    if not any(row["errors"] for rows in results.values() for row in rows if row and "errors" in row):
+        columns = [column for column in columns if column != "errors"]
+    print(" " * 9, *(f"{column:>11}" for column in columns), f"{'hupserve is':>11}")
+    for name, rows in results.items():
+        print(f"{name:9}", end="")
+        for column in columns:
+            values = [row[column] for row in rows if row and column in row]
+            value = combine.get(column, statistics.median)(values) if values else None
+            text = "failed" if value is None else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 2}f}"
+            print(f" {text:>11}", end="")
+        ratios = [ours[columns[0]] / theirs[columns[0]]
+                  for ours, theirs in zip(results.get("hupserve", []), rows) if ours and theirs]
+        ratio = statistics.median(ratios) ** (-1 if columns[0] == "reload ms" else 1) if ratios else None
+        print(f" {ratio:9.2f} x" if ratio and name != "hupserve" else "")
+
+
+def bench(argv):
+    parser = argparse.ArgumentParser(prog="hupserve_test.py bench", description="Measure hupserve and its peers.")
+    parser.add_argument("peers", nargs="*", help=f"of {', '.join(BENCH_SERVERS)}; default: all there are")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=5, help="of load for each figure (default: 5)")
+    parser.add_argument("--only", default=",".join(BENCH_SCENARIOS), metavar="NAME,...", help="default: %(default)s")
+    options = parser.parse_args(argv)
+    scenarios = options.only.split(",")
+    if unknown := {*scenarios, *options.peers} - {*BENCH_SCENARIOS, *BENCH_SERVERS}:
+        parser.error(f"unknown: {', '.join(unknown)}")
+
+    versions = {"hupserve": "of this folder"}
+    for name in options.peers or BENCH_SERVERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.setdefault(name, importlib.metadata.version(name))
+    missing = {*(options.peers or BENCH_SERVERS)} - {*versions}
+    load = "our own client, which may be the limit (there is no wrk)"
+    if shutil.which("wrk"):  # its -v exits 1
+        load = subprocess.run(["wrk", "-v"], stdout=subprocess.PIPE, text=True, check=False).stdout.partition("[")[0]
+    print(f"load by {load.strip()};",
+          f"{os.cpu_count()} cores; Python {platform.python_version()};",
+          ", ".join(f"{name} {version}" for name, version in versions.items())
+          + f" (not installed: {', '.join(missing)})" * bool(missing))
+    print(BENCH_NOTE)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end then too
+    results = {scenario: {name: [] for name in versions if scenario != "reload" or name in BENCH_SIGHUP}
+               for scenario in scenarios}
+    with tempfile.TemporaryDirectory(prefix="hupserve-bench-") as folder:
+        folder = pathlib.Path(folder)
+        (folder / "download").write_bytes(b"x" * BENCH_SIZE)
+        for number in range(options.rounds):
+            for scenario in scenarios:
+                print(f"round {number + 1}: {scenario}", file=sys.stderr)
+                for name, rows in results[scenario].items():
+                    rows.append(bench_row(name, scenario, options.seconds, folder))
+    for name, rows in results.get("many", {}).items():
+        for many, keepalive in zip(rows, results.get("keepalive", {}).get(name, [])):
+            if many and keepalive:
+                many["x keepalive"] = many["requests/s"] / keepalive["requests/s"]
+    for scenario in scenarios:
+        print(f"\n{scenario}: {BENCH_SCENARIOS[scenario].text}")
+        bench_table(results[scenario])
+
+
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
-        sys.exit(bench(sys.argv[2:]))  # noqa: F821
+        sys.exit(bench(sys.argv[2:]))
     sys.exit(pytest.main([__file__, *sys.argv[1:]]))
