@@ -81,14 +81,13 @@ access_log = logging.getLogger("hupserve.access")
 
 class State(enum.IntEnum):
     """Where a connection is. Only the worker's main thread moves one (Worker.move)."""
-    HANDSHAKE = 0   # TLS is being agreed on                             -> NEW
-    NEW = 1         # no byte of a first request has arrived             -> READING
-    IDLE = 2        # kept alive, no byte of a next request has arrived  -> READING
-    READING = 3     # a head has begun to arrive                         -> RECEIVING, WAITING
-    RECEIVING = 4   # its short, announced body has begun to arrive      -> WAITING
-    WAITING = 5     # complete, until a thread is free                   -> IN_FLIGHT
-    IN_FLIGHT = 6   # with a thread                                      -> IDLE, READING, CLOSING
-    CLOSING = 7     # our side is shut down, input is discarded          -> closed
+    NEW = 0         # no byte of a first request has arrived             -> READING
+    IDLE = 1        # kept alive, no byte of a next request has arrived  -> READING
+    READING = 2     # a head has begun to arrive                         -> RECEIVING, WAITING
+    RECEIVING = 3   # its short, announced body has begun to arrive      -> WAITING
+    WAITING = 4     # complete, until a thread is free                   -> IN_FLIGHT
+    IN_FLIGHT = 5   # with a thread                                      -> IDLE, READING, CLOSING
+    CLOSING = 6     # our side is shut down, input is discarded          -> closed
 
 
 class Life(enum.IntEnum):
@@ -1015,7 +1014,7 @@ class Exchange(socketserver.BaseRequestHandler):
         elif self.left is None or self.status[0] == "1":
             self.keep = False
         self.keep = self.keep and (not self.body or self.body.arrived())
-        if self.keep and self.server.draining:      # who has asked again already is answered; the last is closed
+        if self.keep and self.server.life == Life.DRAINING:     # who has asked again already is answered once more
             with contextlib.suppress(OSError):
                 connection.buffer or connection.receive()
             self.keep = bool(connection.buffer)
@@ -1092,7 +1091,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     a connection to a thread, one less when it has it back. No request is ever with nobody and not counted."""
 
     application: Any = None             # once it is loaded
-    life, draining = Life.BOOTING, False
+    life = Life.BOOTING
     accepting = False                   # are the listeners registered?
     in_flight = 0                       # requests that are with a thread
     count = served = threads = 0        # connections open, requests answered, threads started
@@ -1116,11 +1115,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.selector = selectors.DefaultSelector()         # with what is to be called
         self.selector.register(bell, selectors.EVENT_READ, self.obey)
         self.selector.register(line, selectors.EVENT_READ, self.hear)
+        self.lull = select.poll()                           # for the bell alone
+        self.lull.register(bell, select.POLLIN)
         os.register_at_fork(after_in_child=self.disown)
 
     def run(self):
         """Until there is nothing left to drain. Each step does what is due, and only wait() waits."""
-        while not self.draining or self.count and self.now < self.give_up_at:
+        while self.life != Life.DRAINING or self.listeners or self.count and self.now < self.give_up_at:
             self.wait()
             self.take_back()
             self.expire()
@@ -1129,10 +1130,12 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.report()
 
     def wait(self):
-        """Until there is an event, something is due or a thread rings. If there are jobs left, the thread that was
-        woken for all of them may be stuck in one: soon wake another."""
-        seconds = min(self.alarm - time.monotonic(), 0.001 if self.jobs else 3600)
-        events = self.selector.select(seconds)
+        """Until there is an event, something is due or a thread rings. While the thread that was woken for all the
+        jobs runs, this one keeps out of its way: the two would take turns at every system call. But it may be stuck
+        in one of them, so that after a millisecond it is time to wake another."""
+        if self.jobs:
+            self.lull.poll(1)
+        events = self.selector.select(0 if self.jobs else min(self.alarm - time.monotonic(), 3600))
         self.now = time.monotonic()
         for key, _ in events:
             key.data()
@@ -1145,7 +1148,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.report_at = self.now + 0.02
         idle = len(self.rooms[State.NEW]) + len(self.rooms[State.IDLE])
         waits_for = [{"client": connection.client, "request": without_query(connection.line)[:60],
-                      "since": connection.since} for connection in list(self.rooms[State.IN_FLIGHT])[:8] if self.draining]
+                      "since": connection.since} for connection in list(self.rooms[State.IN_FLIGHT])[:8]
+                     if self.life == Life.DRAINING]
         scoreboard.write(self.slot, {
             "pid": os.getpid(), "worker": self.number, "generation": self.generation.number,
             "state": self.life.name.lower(), "idle": idle, "reading": self.count - idle - self.in_flight,
@@ -1179,8 +1183,9 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         """Accept no more, finish what has begun. dropped: addresses that nobody takes over; whoever is queued there has
         been let in by the kernel, and the close would reset him. grace: for the idle; later orders shorten it."""
         served = self.life >= Life.SERVING      # if not, the master may never have listened
-        if not self.draining:
-            self.life, self.draining, self.explain_at = Life.DRAINING, True, self.now + DRAIN_REPORT
+        self.life = Life.DRAINING
+        if self.explain_at == FOREVER:      # the first order
+            self.explain_at = self.now + DRAIN_REPORT
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
         self.stop_accepting()
         self.patience, self.keepalive = min(self.patience, grace), grace
@@ -1203,11 +1208,12 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.count < self.config.connections or self.rooms[State.NEW] or self.rooms[State.IDLE])
 
     def accept(self, listener):
-        """One client at a time: the other workers want some, too."""
-        if not self.may_accept():
-            self.stop_accepting()
-        elif self.accepting:
-            self.admit(listener)
+        """As many clients as there are threads free: the other workers want some, too."""
+        for _ in range(self.config.threads - self.in_flight - len(self.rooms[State.WAITING])):
+            if not self.may_accept():
+                return self.stop_accepting()
+            if not self.accepting or not self.admit(listener):
+                return
 
     def resume_accepting(self):
         """As soon as a thread is free, and before a waiting request gets it: or the clients that are connected already
@@ -1241,7 +1247,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.accept_at, self.alarm = self.now + PAUSE, self.now
             self.stop_accepting()
             return False
-        if self.count >= self.config.connections and not self.draining:
+        if self.count >= self.config.connections and self.life == Life.SERVING:
             self.evict()
         self.accept_at, self.count = 0.0, self.count + 1
         host, port = address[:2] if isinstance(address, tuple) else ("", "")
@@ -1774,8 +1780,9 @@ class Master:
             scheme, host = "https" if config.tls else "http", text.rpartition(":")[0]
             unix = listener.family == socket.AF_UNIX
             urls.append(text if unix else f"{scheme}://{host}:{listener.getsockname()[1]}")
-        complain(f"serving {config.target} on {' '.join(urls)} with {config.workers} worker{'s' * (config.workers > 1)}; "
-                 f"to reload it: kill -HUP {os.getpid()}", 0, f" {__version__}")
+        many = "s" * (config.workers > 1)
+        complain(f"serving {config.target} on {' '.join(urls)} with {config.workers} worker{many}; to reload it: "
+                 f"kill -HUP {os.getpid()}", 0, f" {__version__}")
 
     # Spawn
 
