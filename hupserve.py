@@ -1209,7 +1209,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def accept(self, listener):
         """As many clients as there are threads free: the other workers want some, too."""
-        for _ in range(self.config.threads - self.in_flight - len(self.rooms[State.WAITING])):
+        for _ in range(max(1, self.config.threads - self.in_flight - len(self.rooms[State.WAITING]))):
             if not self.may_accept():
                 return self.stop_accepting()
             if not self.accepting or not self.admit(listener):
@@ -1240,8 +1240,14 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         except WOULD_BLOCK:
             return False        # another worker was faster
         except OSError as error:
-            if error.errno not in EXHAUSTED or self.evict():
-                return True     # that client is gone again, or there is room for it now
+            if error.errno not in EXHAUSTED:
+                return True     # that client is gone again
+            queue = select.poll()       # the kernel has no descriptor to give, and may have nobody to give it to
+            queue.register(listener, select.POLLIN)
+            if not queue.poll(0):
+                return False
+            if self.evict(PAUSE):
+                return True
             if not self.accept_at:      # out of descriptors or memory: a pause, not a spin
                 log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
             self.accept_at, self.alarm = self.now + PAUSE, self.now
@@ -1428,12 +1434,15 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.close(connection)
         return idle
 
-    def evict(self):
-        """Close the connection that has been idle longest -> was there one?"""
+    def evict(self, seconds=0):
+        """Close the connection that has been idle longest, and so for these seconds at least -> was there one?"""
         while True:
             idle = [next(iter(room)) for room in (self.rooms[State.NEW], self.rooms[State.IDLE]) if room]
-            if not idle or self.retire(min(idle, key=operator.attrgetter("since"))):
-                return bool(idle)
+            oldest = min(idle, key=operator.attrgetter("since"), default=None)
+            if not oldest or oldest.since > self.now - seconds:
+                return False
+            if self.retire(oldest):
+                return True
 
     def expire(self):
         """Whatever is due; and .alarm becomes the time when something will be."""
@@ -1601,8 +1610,8 @@ class Master:
         while True:
             self.now = time.monotonic()
             self.alarm = self.now + 3600        # at the latest: poll() does not take more than 24 days
+            self.obey()     # before reap(): the bell is silenced first, so that a death after this rings it anew
             self.reap()
-            self.obey()
             self.advance()
             self.tend()
             if self.stops and not self.children:
