@@ -25,7 +25,8 @@ A reload. A generation is the workers started from one reading of the configurat
 
     signal   to the master                          to a worker
     HUP      reload                                 drain if the master ordered it, else a log line
-    TERM     stop when every request is answered    drain, leave and be replaced; so does QUIT
+    TERM     stop when every request is answered    ask for a replacement, drain and leave
+    QUIT     as TERM                                as TERM
     INT      as TERM, without grace for the idle    nothing: the master speaks for it
     USR1     nothing: logs follow their rotation    nothing
 A second TERM, QUIT or INT stops the master at once.
@@ -81,7 +82,7 @@ access_log = logging.getLogger("hupserve.access")
 
 class State(enum.IntEnum):
     """Where a connection is. Only the worker's main thread moves one (Worker.move)."""
-    NEW = 0         # no byte of a first request has arrived             -> READING
+    NEW = 0         # no byte of a first request has come (nor all of a TLS handshake)  -> READING
     IDLE = 1        # kept alive, no byte of a next request has arrived  -> READING
     READING = 2     # a head has begun to arrive                         -> RECEIVING, WAITING
     RECEIVING = 3   # its short, announced body has begun to arrive      -> WAITING
@@ -91,7 +92,7 @@ class State(enum.IntEnum):
 
 
 class Life(enum.IntEnum):
-    """Where a worker is, as the master sees it. Only Master moves one."""
+    """Where a worker is, as the master sees it and, from BOOTING on, as it knows itself."""
     VACANT = 0      # to be forked                    -> BOOTING (now, or after the back-off)
     BOOTING = 1     # loads the application           -> READY (it says "ready")
     READY = 2       # loaded, accepts nothing         -> SERVING (the master says "go")
@@ -1570,7 +1571,8 @@ class Child:
 
 
 class Generation:
-    """The workers of one reading of the configuration, and what they listen on."""
+    """The workers of one reading of the configuration, and what they listen on. As Master.upcoming it is a reload's
+    state: binding, while it has no children; then booting; and then it is Master.current, or gone."""
 
     def __init__(self, number, config, pidfile=None):
         self.number, self.config, self.pidfile = number, config, pidfile        # pidfile: open and locked
