@@ -1138,6 +1138,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.lull.poll(1)
         events = self.selector.select(0 if self.jobs else min(self.alarm - time.monotonic(), 3600))
         self.now = time.monotonic()
+        self.take_back()        # first: who has been answered does not speak early
         for key, _ in events:
             key.data()
 
@@ -1209,8 +1210,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.count < self.config.connections or self.rooms[State.NEW] or self.rooms[State.IDLE])
 
     def accept(self, listener):
-        """As many clients as there are threads free: the other workers want some, too."""
-        for _ in range(max(1, self.config.threads - self.in_flight - len(self.rooms[State.WAITING]))):
+        """A few at a time, if there are threads free: of many that come at once the other workers get their share."""
+        for _ in range(max(1, (self.config.threads - self.in_flight - len(self.rooms[State.WAITING])) // 4)):
             if not self.may_accept():
                 return self.stop_accepting()
             if not self.accepting or not self.admit(listener):
