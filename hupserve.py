@@ -497,6 +497,13 @@ def turn_away(listener):
 
 # ---- The bell: what wakes a main loop, and how the two loops talk ----------------------------------
 
+def ready(source, event, seconds):
+    """Wait until it can be read (select.POLLIN) or written (POLLOUT) -> has it come to that in time?"""
+    poller = select.poll()      # of select() a descriptor above 1023 would be too much to ask
+    poller.register(source, event)
+    return bool(poller.poll(seconds * 1000))
+
+
 class Bell:
     """A pipe that wakes a selector, rung by signals and by threads; which signals came is a list.
     The byte only wakes: a pipe full of HUPs would drop the byte of a TERM, but not its place in the list."""
@@ -768,9 +775,7 @@ class Connection:
 
     def wait(self, event, seconds):
         """Until the socket can be read (POLLIN) or written (POLLOUT). Raises Refusal: it took too long."""
-        poller = select.poll()
-        poller.register(self.sock, event)
-        if not poller.poll(seconds * 1000):
+        if not ready(self.sock, event, seconds):
             raise Refusal(408, f"no progress for {seconds:g} s")
 
     def push(self, step, seconds):
@@ -1096,7 +1101,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     accepting = False                   # are the listeners registered?
     in_flight = 0                       # requests that are with a thread
     count = served = threads = 0        # connections open, requests answered, threads started
-    alarm = 0.0                         # the earliest time at which something is due
     accept_at = report_at = 0.0         # not before these times
     give_up_at = explain_at = FOREVER   # of a drain
 
@@ -1116,8 +1120,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.selector = selectors.DefaultSelector()         # with what is to be called
         self.selector.register(bell, selectors.EVENT_READ, self.obey)
         self.selector.register(line, selectors.EVENT_READ, self.hear)
-        self.lull = select.poll()                           # for the bell alone
-        self.lull.register(bell, select.POLLIN)
         os.register_at_fork(after_in_child=self.disown)
 
     def run(self):
@@ -1135,19 +1137,21 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         jobs runs, this one keeps out of its way: the two would take turns at every system call. But it may be stuck
         in one of them, so that after a millisecond it is time to wake another."""
         if self.jobs:
-            self.lull.poll(1)
-        events = self.selector.select(0 if self.jobs else min(self.alarm - time.monotonic(), 3600))
+            ready(self.bell, select.POLLIN, 0.001)
+        due = [when for when in (self.accept_at, self.report_at, self.explain_at, self.give_up_at) if when > self.now]
+        due += [next(iter(room)).deadline for room in self.rooms if room]
+        events = self.selector.select(0 if self.jobs else min(min(due) - time.monotonic(), 3600))
         self.now = time.monotonic()
+        self.report_at = min(self.report_at, self.now + 0.02)
         self.take_back()        # first: who has been answered does not speak early
         for key, _ in events:
             key.data()
 
     def report(self):
-        """Fill in this worker's slot of the scoreboard, at most fifty times a second."""
+        """Fill in this worker's slot of the scoreboard, soon after a change and at most fifty times a second."""
         if self.now < self.report_at:
-            self.alarm = min(self.alarm, self.report_at)
             return
-        self.report_at = self.now + 0.02
+        self.report_at = FOREVER
         idle = len(self.rooms[State.NEW]) + len(self.rooms[State.IDLE])
         waits_for = [{"client": connection.client, "request": without_query(connection.line)[:60],
                       "since": connection.since} for connection in list(self.rooms[State.IN_FLIGHT])[:8]
@@ -1200,7 +1204,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.listeners = {}
         for connection in (*self.rooms[State.NEW], *self.rooms[State.IDLE]):
             connection.deadline = min(connection.deadline, self.now + grace)
-        self.alarm = self.now       # deadlines have changed: look at them all
 
     # Accept
 
@@ -1244,17 +1247,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         except OSError as error:
             if error.errno not in EXHAUSTED:
                 return True     # that client is gone again
-            queue = select.poll()       # the kernel has no descriptor to give, and may have nobody to give it to
-            queue.register(listener, select.POLLIN)
-            if not queue.poll(0):
-                return False
-            if self.evict(PAUSE):
-                return True
-            if not self.accept_at:      # out of descriptors or memory: a pause, not a spin
-                log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
-            self.accept_at, self.alarm = self.now + PAUSE, self.now
-            self.stop_accepting()
-            return False
+            # The kernel has no descriptor to give; and it may have nobody to give it to.
+            return ready(listener, select.POLLIN, 0) and self.make_room(error)
         if self.count >= self.config.connections and self.life == Life.SERVING:
             self.evict()
         self.accept_at, self.count = 0.0, self.count + 1
@@ -1264,6 +1258,16 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.move(connection, State.NEW)
         self.read(connection)   # often its request is there already, and there is no need to register it
         return True
+
+    def make_room(self, error):
+        """Out of descriptors or memory -> is there one now? If not, a pause, not a spin."""
+        if self.evict(PAUSE):
+            return True
+        if not self.accept_at:
+            log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
+        self.accept_at = self.now + PAUSE
+        self.stop_accepting()
+        return False
 
     def base(self, listener):
         """-> the part of the environ that is the same for all requests of a listener."""
@@ -1283,8 +1287,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.rooms[connection.state].pop(connection, None)
         self.rooms[state][connection] = None
         connection.state, connection.since, connection.deadline = state, self.now, self.now + seconds
-        if connection.deadline < self.alarm:
-            self.alarm = connection.deadline
         if seconds != FOREVER and not connection.registered:
             connection.registered = True
             self.selector.register(connection.sock, selectors.EVENT_READ, functools.partial(self.read, connection))
@@ -1447,21 +1449,15 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 return True
 
     def expire(self):
-        """Whatever is due; and .alarm becomes the time when something will be."""
-        if self.now < self.alarm:
-            return
+        """Whatever is due."""
         if self.now >= self.explain_at:     # what every operator asks: why is the old worker still there?
             self.explain_at, oldest = self.now + DRAIN_REPORT, next(iter(self.rooms[State.IN_FLIGHT]), None)
             log.info("still draining: %d in flight, %d other connections%s", self.in_flight,
                      self.count - self.in_flight, f"; the oldest: {oldest.client} "
                      f"{escaped(without_query(oldest.line))} for {self.now - oldest.since:.0f} s" if oldest else "")
-        self.alarm = min(when for when in (self.accept_at, self.give_up_at, self.explain_at) if when > self.now)
         for room in self.rooms:
-            while room:
+            while room and next(iter(room)).deadline <= self.now:
                 connection = next(iter(room))
-                if connection.deadline > self.now:
-                    self.alarm = min(self.alarm, connection.deadline)
-                    break
                 if connection.state <= State.IDLE:
                     self.retire(connection)
                 elif connection.state < State.WAITING:
