@@ -503,32 +503,29 @@ class Bell:
 
     def __init__(self):
         self.rung: list = []
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False)
-        os.set_blocking(self.writer, False)
-        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)    # a worker inherits one: the master's
+        reader, writer = os.pipe()
+        self.reader, self.writer = io.FileIO(reader, "r"), io.FileIO(writer, "w")
+        for end in reader, writer:
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)     # a worker inherits one: the master's
+        self.fileno = self.reader.fileno
 
     def hang(self, signals):
         for signum in signals:
             signal.signal(signum, lambda signum, frame: self.rung.append(signum))
 
     def ring(self):
-        with contextlib.suppress(OSError):      # full: it wakes anyway
-            os.write(self.writer, b"!")
+        self.writer.write(b"!")     # None, if the pipe is full: it wakes anyway
 
     def answer(self):
         """-> the signals that came, in order. The pipe is read first: for a later one it rings again."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.reader, 4096)
+        self.reader.read(4096)
         rung, self.rung = self.rung, []
         return rung
 
-    def fileno(self):
-        return self.reader
-
     def close(self):
-        os.close(self.reader)
-        os.close(self.writer)
+        self.reader.close()
+        self.writer.close()
 
 
 class Line:
@@ -556,18 +553,15 @@ class Line:
 
 
 class Scoreboard:
-    """What the workers of all generations do: shared memory with a slot for each, which it alone writes
-    while it lives, and all can read. A slot is a JSON object, or null, filled up with NULs."""
-    SLOTS, SIZE = 1024, 2048
+    """What the workers of all generations do: shared memory with a slot for each, which it alone writes while it
+    lives, and all can read. A slot is a JSON object (of 2,015 bytes at most), or null, filled up with NULs."""
+    SLOTS, SIZE = 1024, 4096
 
     def __init__(self):
         self.memory = mmap.mmap(-1, self.SLOTS * self.SIZE)
 
     def write(self, slot, facts):
-        text = json.dumps(facts).encode()
-        if len(text) >= self.SIZE:      # it waits for requests with long paths
-            text = json.dumps({**facts, "waits_for": []}).encode()
-        self.memory[slot * self.SIZE:(slot + 1) * self.SIZE] = text.ljust(self.SIZE, b"\0")
+        self.memory[slot * self.SIZE:(slot + 1) * self.SIZE] = json.dumps(facts).encode().ljust(self.SIZE, b"\0")
 
     def read(self):
         """-> one dict a worker, the oldest generation first, each wait with its age in seconds."""
@@ -598,7 +592,6 @@ AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]{0,5})?
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 ABSOLUTE = re.compile(rf"https?://(?=[^:/?])({AUTHORITY})(?![^/?])/?(.*)", re.IGNORECASE)     # host, path
 FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")
-EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")         # in a head: NUL, bare LF, bare CR
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?")
 STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
@@ -615,10 +608,10 @@ class Refusal(OSError):
     def response(self, line):
         """-> its bytes, whole. line: the request's; a HEAD is answered without a body."""
         status = f"{self.status.value} {self.status.phrase}"
-        body = f"{status}: {self.reason}\n".encode()
+        body = f"{status}: {self.reason}\n"
         head = (f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
-                f"{http_date(int(time.time()))}\r\nConnection: close\r\n\r\n").encode()
-        return head if line.startswith("HEAD ") else head + body
+                f"{http_date(int(time.time()))}\r\nConnection: close\r\n\r\n")
+        return (head if line.startswith("HEAD ") else head + body).encode()
 
 
 class ClientGone(ConnectionError):
@@ -633,15 +626,12 @@ class Request(NamedTuple):
     http11: bool            # it understands chunked
 
 
-# A client repeats its field lines from request to request, and this is a pure function of them.
-@functools.lru_cache(maxsize=128)
-def parse_fields(block, http11):
-    """The bytes between request line and empty line -> Request, with their part of its environ (RFC 9112
-    sections 5 and 6). Raises Refusal. Trailers are read as HTTP/1.0's fields, which need no Host."""
+def collect(block):
+    """Field lines -> their part of an environ (RFC 9112 section 5). Raises Refusal."""
     lines = block.decode("latin-1").split("\r\n")[:-1]
     if len(lines) > MAX_FIELDS:
         raise Refusal(431, f"more than {MAX_FIELDS} header fields")
-    environ: dict = {}
+    environ: dict = {"wsgi.input_terminated": True}     # Flask asks, before it reads a body without a length
     for line in lines:
         match = FIELD.fullmatch(line)
         if not match:
@@ -652,27 +642,30 @@ def parse_fields(block, http11):
         key = name if name in ("CONTENT_LENGTH", "CONTENT_TYPE") else f"HTTP_{name}"
         if key not in environ:
             environ[key] = value
-        elif key == "HTTP_HOST" or key == "CONTENT_LENGTH" and environ[key] != value:
-            raise Refusal(400, f"two {match[1]} fields")
-        elif key != "CONTENT_LENGTH":
+        elif key != "CONTENT_LENGTH" or environ[key] != value:      # of two lengths, or Hosts, this makes no valid one
             environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value
+    return environ
+
+
+# A client repeats its field lines from request to request, and this is a pure function of them.
+@functools.lru_cache(maxsize=128)
+def parse_fields(block, http11):
+    """The bytes between request line and empty line -> Request, with their part of its environ (RFC 9112 section 6).
+    Raises Refusal. Trailers are read as HTTP/1.0's fields, which need no Host."""
+    environ = collect(block)
     length, chunked = environ.get("CONTENT_LENGTH", "0"), "HTTP_TRANSFER_ENCODING" in environ
-    for wrong, reason in ((http11 and "HTTP_HOST" not in environ, "no Host"),
-                          (not re.fullmatch(AUTHORITY, environ.get("HTTP_HOST", "")), "invalid Host"),
-                          (not LENGTH.fullmatch(length), "invalid Content-Length"),
-                          (chunked and "CONTENT_LENGTH" in environ, "both Content-Length and Transfer-Encoding"),
-                          (chunked and not http11, "Transfer-Encoding in HTTP/1.0 or in trailers")):
-        if wrong:
-            raise Refusal(400, reason)
-    if chunked:
-        codings = re.split("[ \t]*,[ \t]*", environ["HTTP_TRANSFER_ENCODING"].lower())
-        if codings != ["chunked"]:
-            raise Refusal(400 if set(codings) <= {"chunked", ""} else 501, "a transfer coding other than chunked")
-        environ["wsgi.input_terminated"] = True     # what Flask asks for before it reads such a body
     expect = environ.get("HTTP_EXPECT", "").lower() if http11 else ""
-    if expect not in ("", "100-continue"):
-        raise Refusal(417, "unknown expectation")
-    options = [option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")]
+    for wrong, status, reason in (
+            (http11 and "HTTP_HOST" not in environ, 400, "no Host"),
+            (not re.fullmatch(AUTHORITY, environ.get("HTTP_HOST", "")), 400, "invalid Host"),
+            (not LENGTH.fullmatch(length), 400, "invalid Content-Length"),
+            (chunked and "CONTENT_LENGTH" in environ, 400, "both Content-Length and Transfer-Encoding"),
+            (chunked and not http11, 400, "Transfer-Encoding in HTTP/1.0 or in trailers"),
+            (chunked and environ["HTTP_TRANSFER_ENCODING"].lower() != "chunked", 501, "unknown transfer coding"),
+            (expect not in ("", "100-continue"), 417, "unknown expectation")):
+        if wrong:
+            raise Refusal(status, reason)
+    options = re.findall(TOKEN, environ.get("HTTP_CONNECTION", "").lower())
     keep = "close" not in options and (http11 or "keep-alive" in options)
     return Request(environ, None if chunked else int(length), expect != "", keep, http11)
 
@@ -684,7 +677,7 @@ def parse_line(line):
         raise Refusal(400, "malformed request line")
     method, target, major, minor = match.groups()
     if major != "1":
-        raise Refusal(400 if major == "0" else 505, f"HTTP/{major}.{minor} is not spoken here")
+        raise Refusal(505, f"HTTP/{major}.{minor} is not spoken here")
     if method == "CONNECT":
         raise Refusal(501, "this is no proxy")
     absolute = None if target[0] == "/" else ABSOLUTE.fullmatch(target)
@@ -724,8 +717,8 @@ class Connection:
     more = True                 # after a close, something may still come
 
     def __init__(self, sock, client, base, tls):
-        self.sock, self.client, self.tls = sock, client, tls        # client: its address, for the logs
-        self.base = base                                            # the environ of its requests to be
+        # client: its address, for the logs; base: the environ of its requests to be
+        self.sock, self.client, self.base, self.tls = sock, client, base, tls
 
     def receive(self):
         """One read into the buffer -> False at the end of input. Raises OSError, one of WOULD_BLOCK included."""
@@ -740,7 +733,7 @@ class Connection:
         as soon as it cannot be right any more."""
         if self.request is None:
             if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
-                self.buffer, self.scanned = self.buffer[EMPTY_LINES.match(self.buffer).end():], 0   # type: ignore
+                self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
             end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
             line, crlf, block = self.buffer[:end + 2 if end >= 0 else None].partition(b"\r\n")
             self.line = (line if crlf else line[:80]).decode("latin-1")
@@ -773,40 +766,29 @@ class Connection:
         if not poller.poll(seconds * 1000):
             raise Refusal(408, f"no progress for {seconds:g} s")
 
-    def push(self, step, seconds):
-        """step() sends something and says whether that was all. Raises ClientGone, if it takes too long, too."""
+    def send(self, data, seconds):
+        """All of the bytes. Raises ClientGone, also if nothing can be sent for so many seconds."""
         try:
-            while True:
+            while data:
                 try:
-                    if step():
-                        return
+                    data = memoryview(data)[self.sock.send(data):]
                 except WOULD_BLOCK:
                     self.wait(select.POLLOUT, seconds)
         except OSError as error:
             raise ClientGone(reason_of(error)) from None
 
-    def send(self, data, seconds):
-        """All of the bytes; the rest as push()."""
-        def step():
-            nonlocal data
-            data = memoryview(data)[self.sock.send(data):]
-            return not data
-        self.push(step, seconds)
-
 
 class Body(io.RawIOBase):
     """A request body as it comes off the connection, for wsgi.input (RFC 9112 sections 6 and 7.1). Wrapped in a
-    BufferedReader, which knows how to read, readline and iterate. Never reads beyond the body's end. Raises
-    Refusal where it is malformed, too long, cut short or late, and then always."""
-    patient = True              # may it wait for input?
+    BufferedReader, which knows how to read, readline and iterate. Never reads beyond the body's end. Raises Refusal
+    where it is too late; where it is malformed, too long or cut short, too, and then always."""
     ended = False               # has its end been found?
-    error: Any = None           # what reading it raised
     stash = b""                 # decoded, and not yet read by the application
 
     def __init__(self, exchange):
         self.exchange, self.connection, self.config = exchange, exchange.request, exchange.server.config
         self.pieces = self.decode(self.connection.request.length)
-        self.invited = bool(self.connection.buffer) or not self.connection.request.expect
+        self.invites = self.connection.request.expect and not self.connection.buffer
 
     def readable(self):
         return True
@@ -817,27 +799,27 @@ class Body(io.RawIOBase):
         target[:count], self.stash = data[:count], data[count:]
         return count
 
-    def piece(self):
-        """-> the next bytes; b'' at the end, or if there are none yet and it must not wait for them."""
-        try:
-            if self.error:
-                raise self.error
-            return next(self.pieces, b"")
-        except OSError as error:
-            self.error = error
-            raise
-
     def arrived(self):
         """Has all of it arrived? What has, up to SKIPPABLE bytes, is kept for the application."""
-        self.patient, stash = False, bytearray(self.stash)
+        stash = bytearray(self.stash)
         with contextlib.suppress(OSError):
-            while len(stash) <= SKIPPABLE and (data := self.piece()):
+            while len(stash) <= SKIPPABLE and (data := self.piece(patient=False)):
                 stash += data
-        self.patient, self.stash = True, bytes(stash)
+        self.stash = bytes(stash)
         return self.ended
 
+    def piece(self, patient=True):
+        """-> the next bytes, or b'' at the end. If it is not to wait for them, it raises one of WOULD_BLOCK."""
+        for data in self.pieces:
+            if data:
+                return data
+            self.fill(patient)
+        if not self.ended:
+            raise Refusal(400, "the body is malformed or too long")     # as has been said once
+        return b""
+
     def decode(self, length):
-        """Yields the pieces of so many bytes, or of chunks (None); b'' where it would have to wait."""
+        """Yields the pieces of so many bytes, or of chunks (None); b'' where it needs more input."""
         if length is not None:
             yield from self.take(length)
         else:
@@ -860,11 +842,8 @@ class Body(io.RawIOBase):
         self.ended = True
 
     def take(self, left):
-        connection = self.connection
         while left:
-            if not connection.buffer:
-                yield from self.fill()
-            data, connection.buffer = connection.buffer[:left], connection.buffer[left:]
+            data, self.connection.buffer = self.connection.buffer[:left], self.connection.buffer[left:]
             left -= len(data)
             yield data
 
@@ -877,27 +856,22 @@ class Body(io.RawIOBase):
             if found:
                 self.connection.buffer = rest
                 return line[:-1]
-            yield from self.fill()
+            yield b""
 
-    def fill(self):
-        """Receive something. Invites it with 100 Continue, if the client waits for that."""
-        connection, seconds = self.connection, self.config.io_timeout
-        while True:
-            try:
-                if not connection.receive():
-                    raise ConnectionError("end of input")
-                self.invited = True
-                return
-            except WOULD_BLOCK:
-                if not self.patient:
-                    yield b""
-                    continue
-            except OSError as error:
-                raise Refusal(400, f"the body was cut short: {reason_of(error)}") from None
-            if not self.invited and not self.exchange.head_sent:
-                self.invited = True
-                connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", seconds)
-            connection.wait(select.POLLIN, seconds)
+    def fill(self, patient):
+        """Receive something, or wait for it. Invites it with 100 Continue, if the client waits for that."""
+        try:
+            if not self.connection.receive():
+                raise ConnectionError("end of input")
+        except WOULD_BLOCK:
+            if not patient:
+                raise
+            if self.invites and not self.exchange.head_sent:
+                self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.connection.wait(select.POLLIN, self.config.io_timeout)
+        except OSError as error:
+            raise Refusal(400, f"the body was cut short: {reason_of(error)}") from None
+        self.invites = False
 
 
 @functools.lru_cache(maxsize=512)
@@ -914,11 +888,7 @@ def http_date(second):
     return f"Date: {email.utils.formatdate(second, usegmt=True)}"
 
 
-class FileWrapper(wsgiref.util.FileWrapper):
-    """wsgi.file_wrapper: sent with sendfile where it is a real file, else read in larger pieces."""
-
-    def __init__(self, filelike, blksize=PIECE):
-        super().__init__(filelike, blksize)
+FileWrapper = wsgiref.util.FileWrapper      # wsgi.file_wrapper: sent with sendfile where it is a real file
 
 
 class Exchange(socketserver.BaseRequestHandler):
@@ -976,7 +946,7 @@ class Exchange(socketserver.BaseRequestHandler):
         if not STATUS.fullmatch(status):
             raise ValueError(f"{status!r} is no status")
         ours = {"date": http_date(int(time.time())), "server": "Server: hupserve"}      # if it gives none
-        lines, self.announced = [f"HTTP/1.1 {status}" if len(status) > 3 else f"HTTP/1.1 {status} "], None
+        lines, self.announced = [f"HTTP/1.1 {status:4}"], None       # the space is there without a reason, too
         for name, value in headers:
             lower, hop_by_hop = field_name(name)
             if lower == "content-length":
@@ -1035,10 +1005,10 @@ class Exchange(socketserver.BaseRequestHandler):
         self.sent += len(data)
         if self.chunked and data:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        if len(data) <= PIECE:
-            head, data = b"", head + data
-        for piece in filter(None, (head, data)):
-            self.send(piece)
+        if len(data) > PIECE:       # too much to copy
+            self.send(head)
+            head = b""
+        self.send(head + data)
 
     def send(self, data):
         self.request.send(data, self.server.config.io_timeout)
@@ -1046,18 +1016,20 @@ class Exchange(socketserver.BaseRequestHandler):
     def send_file(self, file):
         """From where the file stands to its end, by sendfile -> False: it has to be read. (A GzipFile has a
         descriptor as well: of what it would decompress.)"""
-        plain = isinstance(getattr(file, "raw", file), io.FileIO) and not file.closed and hasattr(os, "sendfile")
+        sock, plain = self.request.sock, isinstance(getattr(file, "raw", file), io.FileIO) and not file.closed
         if not plain or self.head_sent or self.request.tls or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return False
-        fd, offset = file.fileno(), file.tell()
-        self.send(self.head(max(0, os.fstat(fd).st_size - offset)))
-
-        def step():
-            count = os.sendfile(self.request.sock.fileno(), fd, offset + self.sent, self.left)
-            self.left, self.sent = self.left - count, self.sent + count
-            return not count or not self.left       # none: the file has shrunk
+        start = file.tell()
+        self.send(self.head(max(0, os.fstat(file.fileno()).st_size - start)))
         if self.left:
-            self.request.push(step, self.server.config.io_timeout)
+            sock.settimeout(self.server.config.io_timeout)
+            try:
+                self.sent = sock.sendfile(file, start, self.left)       # less, if the file has shrunk
+            except OSError as error:
+                raise ClientGone(reason_of(error)) from None
+            finally:
+                sock.setblocking(False)
+            self.left -= self.sent
         return True
 
     def fail(self, refusal):
