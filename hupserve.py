@@ -579,10 +579,9 @@ scoreboard: Any = Scoreboard()      # the master's, which its workers inherit
 
 # ---- The exchange: one request, one response (RFC 9110 and 9112, PEP 3333) -------------------------
 
-MAX_LINE = 8192             # bytes of a request line (414)
+MAX_LINE = 8192             # bytes of a request line (414), and of a chunk's size with its extensions
 MAX_HEAD = 65536            # bytes of a head, and of trailers (431)
 MAX_FIELDS = 100            # of a head (431)
-MAX_CHUNK_LINE = 1024       # bytes of a chunk's size with its extensions
 SMALL_BODY = 65536          # bytes: an announced body up to this is read before a thread is taken
 SKIPPABLE = 262144          # bytes of an unread body that are skipped to keep the connection
 PIECE = 65536               # bytes read at once
@@ -596,10 +595,11 @@ DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")         # in a head: NUL, ba
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?")
 STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
 LENGTH = re.compile("[0-9]{1,18}")
+FileWrapper = wsgiref.util.FileWrapper      # wsgi.file_wrapper
 
 
 class Refusal(OSError):
-    """A request that cannot be served, and its connection's end. Out of wsgi.input an OSError is expected."""
+    """What ends a request, and its connection, before its time. An OSError, as wsgi.input is expected to raise."""
 
     def __init__(self, status, reason):
         super().__init__(errno.EBADMSG, reason)
@@ -612,10 +612,6 @@ class Refusal(OSError):
         head = (f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
                 f"{http_date(int(time.time()))}\r\nConnection: close\r\n\r\n")
         return (head if line.startswith("HEAD ") else head + body).encode()
-
-
-class ClientGone(ConnectionError):
-    """The client went away, or took nothing for io_timeout seconds, in mid-response."""
 
 
 class Request(NamedTuple):
@@ -632,8 +628,7 @@ def collect(block):
     if len(lines) > MAX_FIELDS:
         raise Refusal(431, f"more than {MAX_FIELDS} header fields")
     environ: dict = {"wsgi.input_terminated": True}     # Flask asks, before it reads a body without a length
-    for line in lines:
-        match = FIELD.fullmatch(line)
+    for match in map(FIELD.fullmatch, lines):
         if not match:
             raise Refusal(400, "malformed header field")
         if "_" in match[1]:
@@ -665,13 +660,14 @@ def parse_fields(block, http11):
             (expect not in ("", "100-continue"), 417, "unknown expectation")):
         if wrong:
             raise Refusal(status, reason)
-    options = re.findall(TOKEN, environ.get("HTTP_CONNECTION", "").lower())
+    options = [option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")]
     keep = "close" not in options and (http11 or "keep-alive" in options)
     return Request(environ, None if chunked else int(length), expect != "", keep, http11)
 
 
 def parse_line(line):
-    """A request line -> (method, host or '', target, is it HTTP/1.1?). Raises Refusal (RFC 9112 section 3)."""
+    """A request line -> (method, {} or the Host of an absolute target, target, is it HTTP/1.1?) (RFC 9112 section 3).
+    Raises Refusal."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "malformed request line")
@@ -683,7 +679,7 @@ def parse_line(line):
     absolute = None if target[0] == "/" else ABSOLUTE.fullmatch(target)
     if "#" in target or not (target[0] == "/" or absolute or (method, target) == ("OPTIONS", "*")):
         raise Refusal(400, "malformed request target")
-    host, target = (absolute[1], "/" + absolute[2]) if absolute else ("", target)
+    host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
     return method, host, target, minor != "0"
 
 
@@ -695,11 +691,9 @@ def parse_head(line, block, base, max_body):
         raise Refusal(413, f"more than {max_body} bytes")
     path, _, query = target.partition("?")
     path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")
-    environ = {**base, **fields.environ, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
-               "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if http11 else "HTTP/1.0"}
-    if host:
-        environ["HTTP_HOST"] = host
-    return Request(environ, *fields[1:])
+    return Request({**base, **fields.environ, **host, "REQUEST_METHOD": method, "REQUEST_URI": target,
+                    "PATH_INFO": path, "QUERY_STRING": query,
+                    "SERVER_PROTOCOL": "HTTP/1.1" if http11 else "HTTP/1.0"}, *fields[1:])
 
 
 class Connection:
@@ -729,8 +723,7 @@ class Connection:
         return bool(data)
 
     def complete(self, max_body):
-        """Is a request there, with its body if that is short? Then .request and .body are it. Raises Refusal
-        as soon as it cannot be right any more."""
+        """Is a request there, with its body if that is short? Then it is .request and .body. Raises Refusal early."""
         if self.request is None:
             if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
                 self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
@@ -750,8 +743,8 @@ class Connection:
                 return False
             self.buffer, self.scanned = self.buffer[end + 4:], 0
             self.request, self.body = parse_head(self.line, block, self.base, max_body), b""
-        length = 0 if self.request.expect else self.request.length or 0
-        if length <= SMALL_BODY:
+        length = self.request.length or 0
+        if length <= SMALL_BODY and not self.request.expect:
             if len(self.buffer) < length:
                 return False
             self.body, self.buffer = self.buffer[:length], self.buffer[length:]
@@ -767,7 +760,7 @@ class Connection:
             raise Refusal(408, f"no progress for {seconds:g} s")
 
     def send(self, data, seconds):
-        """All of the bytes. Raises ClientGone, also if nothing can be sent for so many seconds."""
+        """All of the bytes. Raises Refusal, if nothing can be sent for so many seconds, too."""
         try:
             while data:
                 try:
@@ -775,7 +768,7 @@ class Connection:
                 except WOULD_BLOCK:
                     self.wait(select.POLLOUT, seconds)
         except OSError as error:
-            raise ClientGone(reason_of(error)) from None
+            raise Refusal(408, f"client gone: {reason_of(error)}") from None
 
 
 class Body(io.RawIOBase):
@@ -794,7 +787,7 @@ class Body(io.RawIOBase):
         return True
 
     def readinto(self, target):
-        data = self.stash or self.piece()
+        data = self.stash or self.piece(self.config.io_timeout)
         count = min(len(target), len(data))
         target[:count], self.stash = data[:count], data[count:]
         return count
@@ -803,17 +796,17 @@ class Body(io.RawIOBase):
         """Has all of it arrived? What has, up to SKIPPABLE bytes, is kept for the application."""
         stash = bytearray(self.stash)
         with contextlib.suppress(OSError):
-            while len(stash) <= SKIPPABLE and (data := self.piece(patient=False)):
+            while len(stash) <= SKIPPABLE and (data := self.piece(0)):
                 stash += data
         self.stash = bytes(stash)
         return self.ended
 
-    def piece(self, patient=True):
-        """-> the next bytes, or b'' at the end. If it is not to wait for them, it raises one of WOULD_BLOCK."""
+    def piece(self, seconds):
+        """-> the next bytes, or b'' at the end. Waits for so many seconds at most."""
         for data in self.pieces:
             if data:
                 return data
-            self.fill(patient)
+            self.fill(seconds)
         if not self.ended:
             raise Refusal(400, "the body is malformed or too long")     # as has been said once
         return b""
@@ -825,7 +818,7 @@ class Body(io.RawIOBase):
         else:
             total, trailers = 0, b""
             while True:
-                match = CHUNK_LINE.fullmatch((yield from self.line(MAX_CHUNK_LINE)))
+                match = CHUNK_LINE.fullmatch((yield from self.line(MAX_LINE)))
                 if not match:
                     raise Refusal(400, "malformed chunk size")
                 size = int(match[1], 16)
@@ -858,17 +851,15 @@ class Body(io.RawIOBase):
                 return line[:-1]
             yield b""
 
-    def fill(self, patient):
-        """Receive something, or wait for it. Invites it with 100 Continue, if the client waits for that."""
+    def fill(self, seconds):
+        """Receive something, or wait for it: with 100 Continue, if the client waits for that."""
         try:
             if not self.connection.receive():
                 raise ConnectionError("end of input")
         except WOULD_BLOCK:
-            if not patient:
-                raise
-            if self.invites and not self.exchange.head_sent:
+            if seconds and self.invites and not self.exchange.head_sent:
                 self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.connection.wait(select.POLLIN, self.config.io_timeout)
+            self.connection.wait(select.POLLIN, seconds)
         except OSError as error:
             raise Refusal(400, f"the body was cut short: {reason_of(error)}") from None
         self.invites = False
@@ -888,9 +879,6 @@ def http_date(second):
     return f"Date: {email.utils.formatdate(second, usegmt=True)}"
 
 
-FileWrapper = wsgiref.util.FileWrapper      # wsgi.file_wrapper: sent with sendfile where it is a real file
-
-
 class Exchange(socketserver.BaseRequestHandler):
     """One request and its response, in a thread. What socketserver calls the request is the connection, and
     the server is the worker. Afterwards connection.keep says whether it may go on."""
@@ -907,11 +895,9 @@ class Exchange(socketserver.BaseRequestHandler):
         environ["wsgi.input"] = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO(connection.body)
         try:
             self.respond(self.server.application(environ, self.start_response))
-        except Refusal as refusal:      # wsgi.input raised it, and the application let it through
+        except Refusal as refusal:      # out of wsgi.input, where the application let it through, or out of send()
+            log.debug("%s: %s: %s", connection.client, escaped(connection.line), refusal.reason)
             self.fail(refusal)
-        except ClientGone as error:
-            self.keep = False
-            log.debug("%s: %s: client gone: %s", connection.client, escaped(connection.line), error)
         except BaseException:           # sys.exit() in a request is the application's error, too
             log.exception("%s: %s", connection.client, escaped(connection.line))
             self.fail(Refusal(500, "the application failed"))
@@ -923,9 +909,8 @@ class Exchange(socketserver.BaseRequestHandler):
         try:
             if not (isinstance(result, FileWrapper) and self.send_file(result.filelike)):
                 whole = isinstance(result, (list, tuple)) and len(result) == 1
-                for data in result:
-                    if data:
-                        self.write(data, whole)
+                for data in filter(None, result):
+                    self.write(data, whole)
                 if not self.head_sent:
                     self.send(self.head(0))
             if self.chunked:
@@ -967,8 +952,7 @@ class Exchange(socketserver.BaseRequestHandler):
         return self.write
 
     def head(self, length):
-        """-> the head's bytes, having decided how the body is framed (RFC 9112 section 6.3). length: of the
-        whole body in bytes, or None if that is not known."""
+        """-> the head, having decided how the body, of length bytes or None, is framed (RFC 9112 section 6.3)."""
         if self.status is None:
             raise AssertionError("start_response was not called")
         connection, http11, head = self.request, self.request.request.http11, self.lines
@@ -1014,9 +998,8 @@ class Exchange(socketserver.BaseRequestHandler):
         self.request.send(data, self.server.config.io_timeout)
 
     def send_file(self, file):
-        """From where the file stands to its end, by sendfile -> False: it has to be read. (A GzipFile has a
-        descriptor as well: of what it would decompress.)"""
-        sock, plain = self.request.sock, isinstance(getattr(file, "raw", file), io.FileIO) and not file.closed
+        """From where it stands to its end -> False: it has to be read. (A GzipFile's descriptor is no plain file's.)"""
+        sock, plain = self.request.sock, isinstance(getattr(file, "raw", file), io.FileIO)
         if not plain or self.head_sent or self.request.tls or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return False
         start = file.tell()
@@ -1026,7 +1009,7 @@ class Exchange(socketserver.BaseRequestHandler):
             try:
                 self.sent = sock.sendfile(file, start, self.left)       # less, if the file has shrunk
             except OSError as error:
-                raise ClientGone(reason_of(error)) from None
+                raise Refusal(408, f"client gone: {reason_of(error)}") from None
             finally:
                 sock.setblocking(False)
             self.left -= self.sent
