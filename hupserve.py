@@ -554,11 +554,9 @@ class Line:
 
 class Scoreboard:
     """What the workers of all generations do: shared memory with a slot for each, which it alone writes while it
-    lives, and all can read. A slot is a JSON object (of 2,015 bytes at most), or null, filled up with NULs."""
+    lives, and all can read. A slot is a JSON object (2 KB with 8 waits of 60 characters), or null, filled with NULs."""
     SLOTS, SIZE = 1024, 4096
-
-    def __init__(self):
-        self.memory = mmap.mmap(-1, self.SLOTS * self.SIZE)
+    memory = mmap.mmap(-1, SLOTS * SIZE)
 
     def write(self, slot, facts):
         self.memory[slot * self.SIZE:(slot + 1) * self.SIZE] = json.dumps(facts).encode().ljust(self.SIZE, b"\0")
@@ -666,8 +664,7 @@ def parse_fields(block, http11):
 
 
 def parse_line(line):
-    """A request line -> (method, {} or the Host of an absolute target, target, is it HTTP/1.1?) (RFC 9112 section 3).
-    Raises Refusal."""
+    """A line -> (method, {} or an absolute target's Host, target, is it 1.1?) (RFC 9112 section 3). Raises Refusal."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "malformed request line")
@@ -772,9 +769,9 @@ class Connection:
 
 
 class Body(io.RawIOBase):
-    """A request body as it comes off the connection, for wsgi.input (RFC 9112 sections 6 and 7.1). Wrapped in a
-    BufferedReader, which knows how to read, readline and iterate. Never reads beyond the body's end. Raises Refusal
-    where it is too late; where it is malformed, too long or cut short, too, and then always."""
+    """A request body as it comes off the connection, for wsgi.input (RFC 9112 sections 6 and 7.1), in a BufferedReader,
+    which knows how to read, readline and iterate. Never reads beyond the body's end. Raises Refusal where nothing comes
+    in time; and, from then on always, where it is malformed, too long or cut short."""
     ended = False               # has its end been found?
     stash = b""                 # decoded, and not yet read by the application
 
@@ -802,11 +799,20 @@ class Body(io.RawIOBase):
         return self.ended
 
     def piece(self, seconds):
-        """-> the next bytes, or b'' at the end. Waits for so many seconds at most."""
+        """-> the next bytes, or b'' at the end. Waits for so many seconds at most, having invited them if need be."""
         for data in self.pieces:
             if data:
                 return data
-            self.fill(seconds)
+            try:
+                if not self.connection.receive():
+                    raise ConnectionError("end of input")
+            except WOULD_BLOCK:
+                if seconds and self.invites and not self.exchange.head_sent:
+                    self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.connection.wait(select.POLLIN, seconds)
+            except OSError as error:
+                raise Refusal(400, f"the body was cut short: {reason_of(error)}") from None
+            self.invites = False
         if not self.ended:
             raise Refusal(400, "the body is malformed or too long")     # as has been said once
         return b""
@@ -851,19 +857,6 @@ class Body(io.RawIOBase):
                 return line[:-1]
             yield b""
 
-    def fill(self, seconds):
-        """Receive something, or wait for it: with 100 Continue, if the client waits for that."""
-        try:
-            if not self.connection.receive():
-                raise ConnectionError("end of input")
-        except WOULD_BLOCK:
-            if seconds and self.invites and not self.exchange.head_sent:
-                self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.connection.wait(select.POLLIN, seconds)
-        except OSError as error:
-            raise Refusal(400, f"the body was cut short: {reason_of(error)}") from None
-        self.invites = False
-
 
 @functools.lru_cache(maxsize=512)
 def field_name(name):
@@ -880,11 +873,10 @@ def http_date(second):
 
 
 class Exchange(socketserver.BaseRequestHandler):
-    """One request and its response, in a thread. What socketserver calls the request is the connection, and
-    the server is the worker. Afterwards connection.keep says whether it may go on."""
+    """One request and its response, in a thread. What socketserver calls the request is the connection, and the server
+    is the worker. Afterwards connection.keep says whether it may go on."""
     status = None                       # of the response, as the application gave it
-    announced: Optional[int] = None     # its Content-Length
-    left: Optional[int] = None          # bytes that it still allows
+    left: Optional[int] = None          # bytes of body that its Content-Length still allows
     sent = 0                            # bytes of body
     head_sent = chunked = False
 
@@ -931,13 +923,13 @@ class Exchange(socketserver.BaseRequestHandler):
         if not STATUS.fullmatch(status):
             raise ValueError(f"{status!r} is no status")
         ours = {"date": http_date(int(time.time())), "server": "Server: hupserve"}      # if it gives none
-        lines, self.announced = [f"HTTP/1.1 {status:4}"], None       # the space is there without a reason, too
+        lines, self.left = [f"HTTP/1.1 {status:4}"], None       # the space is there without a reason, too
         for name, value in headers:
             lower, hop_by_hop = field_name(name)
             if lower == "content-length":
-                if not LENGTH.fullmatch(value) or self.announced not in (None, int(value)):
+                if not LENGTH.fullmatch(value) or self.left not in (None, int(value)):
                     raise ValueError(f"invalid Content-Length {value!r}")
-                self.announced = int(value)
+                self.left = int(value)
             elif lower == "connection":
                 self.keep = self.keep and not re.search(r"\bclose\b", value, re.IGNORECASE)
             elif not hop_by_hop:
@@ -958,16 +950,16 @@ class Exchange(socketserver.BaseRequestHandler):
         connection, http11, head = self.request, self.request.request.http11, self.lines
         no_length = self.status[0] == "1" or self.status[:3] == "204"
         no_body = no_length or self.status[:3] == "304" or connection.line.startswith("HEAD ")
-        if self.announced is None and not no_body:
-            self.announced = length
-        self.left = 0 if no_body else self.announced
-        if self.announced is not None and not no_length:
-            head += b"\r\nContent-Length: %d" % self.announced
-        elif self.left is None and http11:
+        if self.left is None and not no_body:
+            self.left = length
+        if self.left is not None and not no_length:
+            head += b"\r\nContent-Length: %d" % self.left
+        elif http11 and not no_body:
             self.chunked = True
             head += b"\r\nTransfer-Encoding: chunked"
-        elif self.left is None or self.status[0] == "1":
+        elif not no_body or self.status[0] == "1":
             self.keep = False
+        self.left = 0 if no_body else self.left
         self.keep = self.keep and (not self.body or self.body.arrived())
         if self.keep and self.server.life == Life.DRAINING:     # who has asked again already is answered once more
             with contextlib.suppress(OSError):
@@ -978,8 +970,8 @@ class Exchange(socketserver.BaseRequestHandler):
         return head + last + b"\r\n\r\n"
 
     def write(self, data, whole=False):
-        """Send a piece of the body, the head before the first (PEP 3333's write callable, too). What is
-        more than the announced length never reaches the wire: it would pose as the next response."""
+        """Send a piece of the body, the head before the first (PEP 3333's write callable, too). What is more than the
+        announced length never reaches the wire: it would pose as the next response."""
         if not isinstance(data, bytes):
             raise TypeError(f"the application gave {type(data).__name__}, not bytes")
         head = b"" if self.head_sent else self.head(len(data) if whole else None)
