@@ -640,11 +640,11 @@ def collect(block):
     return environ
 
 
-# A client repeats its field lines from request to request, and this is a pure function of them.
 @functools.lru_cache(maxsize=128)
 def parse_fields(block, http11):
     """The bytes between request line and empty line -> Request, with their part of its environ (RFC 9112 section 6).
-    Raises Refusal. Trailers are read as HTTP/1.0's fields, which need no Host."""
+    Raises Refusal. Trailers are read as HTTP/1.0's fields, which need no Host. A pure function of what a client repeats
+    from request to request, and so cached."""
     environ = collect(block)
     length, chunked = environ.get("CONTENT_LENGTH", "0"), "HTTP_TRANSFER_ENCODING" in environ
     expect = environ.get("HTTP_EXPECT", "").lower() if http11 else ""
@@ -663,8 +663,8 @@ def parse_fields(block, http11):
     return Request(environ, None if chunked else int(length), expect != "", keep, http11)
 
 
-def parse_line(line):
-    """A line -> (method, {} or an absolute target's Host, target, is it 1.1?) (RFC 9112 section 3). Raises Refusal."""
+def parse_head(line, block, base, max_body):
+    """A head -> Request, whose environ starts from base (RFC 9112 section 3, PEP 3333). Raises Refusal."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "malformed request line")
@@ -676,21 +676,15 @@ def parse_line(line):
     absolute = None if target[0] == "/" else ABSOLUTE.fullmatch(target)
     if "#" in target or not (target[0] == "/" or absolute or (method, target) == ("OPTIONS", "*")):
         raise Refusal(400, "malformed request target")
-    host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
-    return method, host, target, minor != "0"
-
-
-def parse_head(line, block, base, max_body):
-    """A head -> Request, whose environ starts from base (PEP 3333). Raises Refusal."""
-    method, host, target, http11 = parse_line(line)
-    fields = parse_fields(block, http11)
+    fields = parse_fields(block, minor != "0")
     if 0 < max_body < (fields.length or 0):
         raise Refusal(413, f"more than {max_body} bytes")
+    host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
     path, _, query = target.partition("?")
     path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")
     return Request({**base, **fields.environ, **host, "REQUEST_METHOD": method, "REQUEST_URI": target,
                     "PATH_INFO": path, "QUERY_STRING": query,
-                    "SERVER_PROTOCOL": "HTTP/1.1" if http11 else "HTTP/1.0"}, *fields[1:])
+                    "SERVER_PROTOCOL": "HTTP/1.1" if fields.http11 else "HTTP/1.0"}, *fields[1:])
 
 
 class Connection:
@@ -716,7 +710,7 @@ class Connection:
         data = self.sock.recv(PIECE)
         while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
             data += self.sock.recv(PIECE)
-        self.buffer = self.buffer + data if self.buffer else data
+        self.buffer += data
         return bool(data)
 
     def complete(self, max_body):
@@ -730,10 +724,9 @@ class Connection:
             if len(line) > MAX_LINE:
                 raise Refusal(414, f"a request line of more than {MAX_LINE} bytes")
             if not 0 <= end <= MAX_HEAD:
-                if DOUBTFUL.search(self.buffer, max(0, self.scanned - 1)):
-                    raise Refusal(400, "NUL, bare CR or bare LF")
-                if crlf:
-                    parse_line(self.line)
+                doubtful = DOUBTFUL.search(self.buffer, max(0, self.scanned - 1))
+                if doubtful or crlf and not REQUEST_LINE.fullmatch(self.line):
+                    raise Refusal(400, "malformed request line; or NUL, bare CR or bare LF")
                 if len(self.buffer) > MAX_HEAD:
                     raise Refusal(431, f"a head of more than {MAX_HEAD} bytes")
                 self.scanned = len(self.buffer)
@@ -822,8 +815,8 @@ class Body(io.RawIOBase):
         if length is not None:
             yield from self.take(length)
         else:
-            total, trailers = 0, b""
-            while True:
+            total, size, trailers = 0, None, b""
+            while size != 0:
                 match = CHUNK_LINE.fullmatch((yield from self.line(MAX_LINE)))
                 if not match:
                     raise Refusal(400, "malformed chunk size")
@@ -831,12 +824,9 @@ class Body(io.RawIOBase):
                 total += size
                 if 0 < self.config.max_body < total:
                     raise Refusal(413, f"more than {self.config.max_body} bytes")
-                if not size:
-                    break
-                yield from self.take(size)
-                yield from self.line(0)
-            while line := (yield from self.line(MAX_HEAD - len(trailers))):
-                trailers += line + b"\r\n"
+                yield from self.take(size)      # an empty line ends each, and the last has trailers before it
+                while line := (yield from self.line(0 if size else MAX_HEAD - len(trailers))):
+                    trailers += line + b"\r\n"
             parse_fields(trailers, False)       # they must be well-formed, and are discarded
         self.ended = True
 
