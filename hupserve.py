@@ -642,9 +642,8 @@ def collect(block):
 
 @functools.lru_cache(maxsize=128)
 def parse_fields(block, http11):
-    """The bytes between request line and empty line -> Request, with their part of its environ (RFC 9112 section 6).
-    Raises Refusal. Trailers are read as HTTP/1.0's fields, which need no Host. A pure function of what a client repeats
-    from request to request, and so cached."""
+    """Field lines -> Request, with their part of its environ (RFC 9112 section 6). Cached: a client repeats them from
+    request to request. Trailers are read as HTTP/1.0's fields, which need no Host. Raises Refusal."""
     environ = collect(block)
     length, chunked = environ.get("CONTENT_LENGTH", "0"), "HTTP_TRANSFER_ENCODING" in environ
     expect = environ.get("HTTP_EXPECT", "").lower() if http11 else ""
@@ -682,9 +681,8 @@ def parse_head(line, block, base, max_body):
     host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
     path, _, query = target.partition("?")
     path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")
-    return Request({**base, **fields.environ, **host, "REQUEST_METHOD": method, "REQUEST_URI": target,
-                    "PATH_INFO": path, "QUERY_STRING": query,
-                    "SERVER_PROTOCOL": "HTTP/1.1" if fields.http11 else "HTTP/1.0"}, *fields[1:])
+    return Request({**base, **fields.environ, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
+                    "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if fields.http11 else "HTTP/1.0"}, *fields[1:])
 
 
 class Connection:
@@ -750,7 +748,7 @@ class Connection:
             raise Refusal(408, f"no progress for {seconds:g} s")
 
     def send(self, data, seconds):
-        """All of the bytes. Raises Refusal, if nothing can be sent for so many seconds, too."""
+        """All of the bytes. Raises Refusal where the client is gone, or takes nothing for so many seconds."""
         try:
             while data:
                 try:
@@ -913,7 +911,7 @@ class Exchange(socketserver.BaseRequestHandler):
         if not STATUS.fullmatch(status):
             raise ValueError(f"{status!r} is no status")
         ours = {"date": http_date(int(time.time())), "server": "Server: hupserve"}      # if it gives none
-        lines, self.left = [f"HTTP/1.1 {status:4}"], None       # the space is there without a reason, too
+        lines, self.left = [f"HTTP/1.1 {status:4}"], None     # the space is there without a reason, too
         for name, value in headers:
             lower, hop_by_hop = field_name(name)
             if lower == "content-length":
