@@ -987,11 +987,12 @@ class Exchange(socketserver.BaseRequestHandler):
         if self.left:
             sock.settimeout(self.server.config.io_timeout)
             try:
-                self.sent = sock.sendfile(file, start, self.left)       # less, if the file has shrunk
+                sock.sendfile(file, start, self.left)       # or less, if the file has shrunk
             except OSError as error:
                 raise Refusal(408, f"client gone: {reason_of(error)}") from None
             finally:
                 sock.setblocking(False)
+                self.sent = file.tell() - start
             self.left -= self.sent
         return True
 
