@@ -510,32 +510,29 @@ class Bell:
 
     def __init__(self):
         self.rung: list = []
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False)
-        os.set_blocking(self.writer, False)
-        signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)    # a worker inherits one: the master's
+        reader, writer = os.pipe()
+        self.reader, self.writer = io.FileIO(reader, "r"), io.FileIO(writer, "w")
+        for end in reader, writer:
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)     # a worker inherits one: the master's
+        self.fileno = self.reader.fileno
 
     def hang(self, signals):
         for signum in signals:
             signal.signal(signum, lambda signum, frame: self.rung.append(signum))
 
     def ring(self):
-        with contextlib.suppress(OSError):      # full: it wakes anyway
-            os.write(self.writer, b"!")
+        self.writer.write(b"!")     # None, if the pipe is full: it wakes anyway
 
     def answer(self):
         """-> the signals that came, in order. The pipe is read first: for a later one it rings again."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.reader, 4096)
+        self.reader.read(4096)
         rung, self.rung = self.rung, []
         return rung
 
-    def fileno(self):
-        return self.reader
-
     def close(self):
-        os.close(self.reader)
-        os.close(self.writer)
+        self.reader.close()
+        self.writer.close()
 
 
 class Line:
@@ -563,18 +560,13 @@ class Line:
 
 
 class Scoreboard:
-    """What the workers of all generations do: shared memory with a slot for each, which it alone writes
-    while it lives, and all can read. A slot is a JSON object, or null, filled up with NULs."""
-    SLOTS, SIZE = 1024, 2048
-
-    def __init__(self):
-        self.memory = mmap.mmap(-1, self.SLOTS * self.SIZE)
+    """What the workers of all generations do: shared memory with a slot for each, which it alone writes while it
+    lives, and all can read. A slot is a JSON object (2 KB with 8 waits of 60 characters), or null, filled with NULs."""
+    SLOTS, SIZE = 1024, 4096
+    memory = mmap.mmap(-1, SLOTS * SIZE)
 
     def write(self, slot, facts):
-        text = json.dumps(facts).encode()
-        if len(text) >= self.SIZE:      # it waits for requests with long paths
-            text = json.dumps({**facts, "waits_for": []}).encode()
-        self.memory[slot * self.SIZE:(slot + 1) * self.SIZE] = text.ljust(self.SIZE, b"\0")
+        self.memory[slot * self.SIZE:(slot + 1) * self.SIZE] = json.dumps(facts).encode().ljust(self.SIZE, b"\0")
 
     def read(self):
         """-> one dict a worker, the oldest generation first, each wait with its age in seconds."""
@@ -592,10 +584,9 @@ scoreboard: Any = Scoreboard()      # the master's, which its workers inherit
 
 # ---- The exchange: one request, one response (RFC 9110 and 9112, PEP 3333) -------------------------
 
-MAX_LINE = 8192             # bytes of a request line (414)
+MAX_LINE = 8192             # bytes of a request line (414), and of a chunk's size with its extensions
 MAX_HEAD = 65536            # bytes of a head, and of trailers (431)
 MAX_FIELDS = 100            # of a head (431)
-MAX_CHUNK_LINE = 1024       # bytes of a chunk's size with its extensions
 SMALL_BODY = 65536          # bytes: an announced body up to this is read before a thread is taken
 SKIPPABLE = 262144          # bytes of an unread body that are skipped to keep the connection
 PIECE = 65536               # bytes read at once
@@ -605,15 +596,15 @@ AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]{0,5})?
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 ABSOLUTE = re.compile(rf"https?://(?=[^:/?])({AUTHORITY})(?![^/?])/?(.*)", re.IGNORECASE)     # host, path
 FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")
-EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")         # in a head: NUL, bare LF, bare CR
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?")
 STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
 LENGTH = re.compile("[0-9]{1,18}")
+FileWrapper = wsgiref.util.FileWrapper      # wsgi.file_wrapper
 
 
 class Refusal(OSError):
-    """A request that cannot be served, and its connection's end. Out of wsgi.input an OSError is expected."""
+    """What ends a request, and its connection, before its time. An OSError, as wsgi.input is expected to raise."""
 
     def __init__(self, status, reason):
         super().__init__(errno.EBADMSG, reason)
@@ -622,14 +613,10 @@ class Refusal(OSError):
     def response(self, line):
         """-> its bytes, whole. line: the request's; a HEAD is answered without a body."""
         status = f"{self.status.value} {self.status.phrase}"
-        body = f"{status}: {self.reason}\n".encode()
+        body = f"{status}: {self.reason}\n"
         head = (f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
-                f"{http_date(int(time.time()))}\r\nConnection: close\r\n\r\n").encode()
-        return head if line.startswith("HEAD ") else head + body
-
-
-class ClientGone(ConnectionError):
-    """The client went away, or took nothing for io_timeout seconds, in mid-response."""
+                f"{http_date(int(time.time()))}\r\nConnection: close\r\n\r\n")
+        return (head if line.startswith("HEAD ") else head + body).encode()
 
 
 class Request(NamedTuple):
@@ -640,17 +627,13 @@ class Request(NamedTuple):
     http11: bool            # it understands chunked
 
 
-# A client repeats its field lines from request to request, and this is a pure function of them.
-@functools.lru_cache(maxsize=128)
-def parse_fields(block, http11):
-    """The bytes between request line and empty line -> Request, with their part of its environ (RFC 9112
-    sections 5 and 6). Raises Refusal. Trailers are read as HTTP/1.0's fields, which need no Host."""
+def collect(block):
+    """Field lines -> their part of an environ (RFC 9112 section 5). Raises Refusal."""
     lines = block.decode("latin-1").split("\r\n")[:-1]
     if len(lines) > MAX_FIELDS:
         raise Refusal(431, f"more than {MAX_FIELDS} header fields")
-    environ: dict = {}
-    for line in lines:
-        match = FIELD.fullmatch(line)
+    environ: dict = {"wsgi.input_terminated": True}     # Flask asks, before it reads a body without a length
+    for match in map(FIELD.fullmatch, lines):
         if not match:
             raise Refusal(400, "malformed header field")
         if "_" in match[1]:
@@ -659,61 +642,54 @@ def parse_fields(block, http11):
         key = name if name in ("CONTENT_LENGTH", "CONTENT_TYPE") else f"HTTP_{name}"
         if key not in environ:
             environ[key] = value
-        elif key == "HTTP_HOST" or key == "CONTENT_LENGTH" and environ[key] != value:
-            raise Refusal(400, f"two {match[1]} fields")
-        elif key != "CONTENT_LENGTH":
+        elif key != "CONTENT_LENGTH" or environ[key] != value:      # of two lengths, or Hosts, this makes no valid one
             environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value
+    return environ
+
+
+@functools.lru_cache(maxsize=128)
+def parse_fields(block, http11):
+    """Field lines -> Request, with their part of its environ (RFC 9112 section 6). Cached: a client repeats them from
+    request to request. Trailers are read as HTTP/1.0's fields, which need no Host. Raises Refusal."""
+    environ = collect(block)
     length, chunked = environ.get("CONTENT_LENGTH", "0"), "HTTP_TRANSFER_ENCODING" in environ
-    for wrong, reason in ((http11 and "HTTP_HOST" not in environ, "no Host"),
-                          (not re.fullmatch(AUTHORITY, environ.get("HTTP_HOST", "")), "invalid Host"),
-                          (not LENGTH.fullmatch(length), "invalid Content-Length"),
-                          (chunked and "CONTENT_LENGTH" in environ, "both Content-Length and Transfer-Encoding"),
-                          (chunked and not http11, "Transfer-Encoding in HTTP/1.0 or in trailers")):
-        if wrong:
-            raise Refusal(400, reason)
-    if chunked:
-        codings = re.split("[ \t]*,[ \t]*", environ["HTTP_TRANSFER_ENCODING"].lower())
-        if codings != ["chunked"]:
-            raise Refusal(400 if set(codings) <= {"chunked", ""} else 501, "a transfer coding other than chunked")
-        environ["wsgi.input_terminated"] = True     # what Flask asks for before it reads such a body
     expect = environ.get("HTTP_EXPECT", "").lower() if http11 else ""
-    if expect not in ("", "100-continue"):
-        raise Refusal(417, "unknown expectation")
+    for wrong, status, reason in (
+            (http11 and "HTTP_HOST" not in environ, 400, "no Host"),
+            (not re.fullmatch(AUTHORITY, environ.get("HTTP_HOST", "")), 400, "invalid Host"),
+            (not LENGTH.fullmatch(length), 400, "invalid Content-Length"),
+            (chunked and "CONTENT_LENGTH" in environ, 400, "both Content-Length and Transfer-Encoding"),
+            (chunked and not http11, 400, "Transfer-Encoding in HTTP/1.0 or in trailers"),
+            (chunked and environ["HTTP_TRANSFER_ENCODING"].lower() != "chunked", 501, "unknown transfer coding"),
+            (expect not in ("", "100-continue"), 417, "unknown expectation")):
+        if wrong:
+            raise Refusal(status, reason)
     options = [option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")]
     keep = "close" not in options and (http11 or "keep-alive" in options)
     return Request(environ, None if chunked else int(length), expect != "", keep, http11)
 
 
-def parse_line(line):
-    """A request line -> (method, host or '', target, is it HTTP/1.1?). Raises Refusal (RFC 9112 section 3)."""
+def parse_head(line, block, base, max_body):
+    """A head -> Request, whose environ starts from base (RFC 9112 section 3, PEP 3333). Raises Refusal."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "malformed request line")
     method, target, major, minor = match.groups()
     if major != "1":
-        raise Refusal(400 if major == "0" else 505, f"HTTP/{major}.{minor} is not spoken here")
+        raise Refusal(505, f"HTTP/{major}.{minor} is not spoken here")
     if method == "CONNECT":
         raise Refusal(501, "this is no proxy")
     absolute = None if target[0] == "/" else ABSOLUTE.fullmatch(target)
     if "#" in target or not (target[0] == "/" or absolute or (method, target) == ("OPTIONS", "*")):
         raise Refusal(400, "malformed request target")
-    host, target = (absolute[1], "/" + absolute[2]) if absolute else ("", target)
-    return method, host, target, minor != "0"
-
-
-def parse_head(line, block, base, max_body):
-    """A head -> Request, whose environ starts from base (PEP 3333). Raises Refusal."""
-    method, host, target, http11 = parse_line(line)
-    fields = parse_fields(block, http11)
+    fields = parse_fields(block, minor != "0")
     if 0 < max_body < (fields.length or 0):
         raise Refusal(413, f"more than {max_body} bytes")
+    host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
     path, _, query = target.partition("?")
     path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")
-    environ = {**base, **fields.environ, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
-               "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if http11 else "HTTP/1.0"}
-    if host:
-        environ["HTTP_HOST"] = host
-    return Request(environ, *fields[1:])
+    return Request({**base, **fields.environ, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
+                    "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if fields.http11 else "HTTP/1.0"}, *fields[1:])
 
 
 class Connection:
@@ -731,41 +707,39 @@ class Connection:
     more = True                 # after a close, something may still come
 
     def __init__(self, sock, client, base, tls):
-        self.sock, self.client, self.tls = sock, client, tls        # client: its address, for the logs
-        self.base = base                                            # the environ of its requests to be
+        # client: its address, for the logs; base: the environ of its requests to be
+        self.sock, self.client, self.base, self.tls = sock, client, base, tls
 
     def receive(self):
         """One read into the buffer -> False at the end of input. Raises OSError, one of WOULD_BLOCK included."""
         data = self.sock.recv(PIECE)
         while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
             data += self.sock.recv(PIECE)
-        self.buffer = self.buffer + data if self.buffer else data
+        self.buffer += data
         return bool(data)
 
     def complete(self, max_body):
-        """Is a request there, with its body if that is short? Then .request and .body are it. Raises Refusal
-        as soon as it cannot be right any more."""
+        """Is a request there, with its body if that is short? Then it is .request and .body. Raises Refusal early."""
         if self.request is None:
             if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
-                self.buffer, self.scanned = self.buffer[EMPTY_LINES.match(self.buffer).end():], 0   # type: ignore
+                self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
             end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
             line, crlf, block = self.buffer[:end + 2 if end >= 0 else None].partition(b"\r\n")
             self.line = (line if crlf else line[:80]).decode("latin-1")
             if len(line) > MAX_LINE:
                 raise Refusal(414, f"a request line of more than {MAX_LINE} bytes")
             if not 0 <= end <= MAX_HEAD:
-                if DOUBTFUL.search(self.buffer, max(0, self.scanned - 1)):
-                    raise Refusal(400, "NUL, bare CR or bare LF")
-                if crlf:
-                    parse_line(self.line)
+                doubtful = DOUBTFUL.search(self.buffer, max(0, self.scanned - 1))
+                if doubtful or crlf and not REQUEST_LINE.fullmatch(self.line):
+                    raise Refusal(400, "malformed request line; or NUL, bare CR or bare LF")
                 if len(self.buffer) > MAX_HEAD:
                     raise Refusal(431, f"a head of more than {MAX_HEAD} bytes")
                 self.scanned = len(self.buffer)
                 return False
             self.buffer, self.scanned = self.buffer[end + 4:], 0
             self.request, self.body = parse_head(self.line, block, self.base, max_body), b""
-        length = 0 if self.request.expect else self.request.length or 0
-        if length <= SMALL_BODY:
+        length = self.request.length or 0
+        if length <= SMALL_BODY and not self.request.expect:
             if len(self.buffer) < length:
                 return False
             self.body, self.buffer = self.buffer[:length], self.buffer[length:]
@@ -778,98 +752,90 @@ class Connection:
         if not ready(self.sock, event, seconds):
             raise Refusal(408, f"no progress for {seconds:g} s")
 
-    def push(self, step, seconds):
-        """step() sends something and says whether that was all. Raises ClientGone, if it takes too long, too."""
+    def send(self, data, seconds):
+        """All of the bytes. Raises Refusal where the client is gone, or takes nothing for so many seconds."""
         try:
-            while True:
+            while data:
                 try:
-                    if step():
-                        return
+                    data = memoryview(data)[self.sock.send(data):]
                 except WOULD_BLOCK:
                     self.wait(select.POLLOUT, seconds)
         except OSError as error:
-            raise ClientGone(reason_of(error)) from None
-
-    def send(self, data, seconds):
-        """All of the bytes; the rest as push()."""
-        def step():
-            nonlocal data
-            data = memoryview(data)[self.sock.send(data):]
-            return not data
-        self.push(step, seconds)
+            raise Refusal(408, f"client gone: {reason_of(error)}") from None
 
 
 class Body(io.RawIOBase):
-    """A request body as it comes off the connection, for wsgi.input (RFC 9112 sections 6 and 7.1). Wrapped in a
-    BufferedReader, which knows how to read, readline and iterate. Never reads beyond the body's end. Raises
-    Refusal where it is malformed, too long, cut short or late, and then always."""
-    patient = True              # may it wait for input?
+    """A request body as it comes off the connection, for wsgi.input (RFC 9112 sections 6 and 7.1), in a BufferedReader,
+    which knows how to read, readline and iterate. Never reads beyond the body's end. Raises Refusal where nothing comes
+    in time; and, from then on always, where it is malformed, too long or cut short."""
     ended = False               # has its end been found?
-    error: Any = None           # what reading it raised
     stash = b""                 # decoded, and not yet read by the application
 
     def __init__(self, exchange):
         self.exchange, self.connection, self.config = exchange, exchange.request, exchange.server.config
         self.pieces = self.decode(self.connection.request.length)
-        self.invited = bool(self.connection.buffer) or not self.connection.request.expect
+        self.invites = self.connection.request.expect and not self.connection.buffer
 
     def readable(self):
         return True
 
     def readinto(self, target):
-        data = self.stash or self.piece()
+        data = self.stash or self.piece(self.config.io_timeout)
         count = min(len(target), len(data))
         target[:count], self.stash = data[:count], data[count:]
         return count
 
-    def piece(self):
-        """-> the next bytes; b'' at the end, or if there are none yet and it must not wait for them."""
-        try:
-            if self.error:
-                raise self.error
-            return next(self.pieces, b"")
-        except OSError as error:
-            self.error = error
-            raise
-
     def arrived(self):
         """Has all of it arrived? What has, up to SKIPPABLE bytes, is kept for the application."""
-        self.patient, stash = False, bytearray(self.stash)
+        stash = bytearray(self.stash)
         with contextlib.suppress(OSError):
-            while len(stash) <= SKIPPABLE and (data := self.piece()):
+            while len(stash) <= SKIPPABLE and (data := self.piece(0)):
                 stash += data
-        self.patient, self.stash = True, bytes(stash)
+        self.stash = bytes(stash)
         return self.ended
 
+    def piece(self, seconds):
+        """-> the next bytes, or b'' at the end. Waits for so many seconds at most, having invited them if need be."""
+        for data in self.pieces:
+            if data:
+                return data
+            try:
+                if not self.connection.receive():
+                    raise ConnectionError("end of input")
+            except WOULD_BLOCK:
+                if seconds and self.invites and not self.exchange.head_sent:
+                    self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.connection.wait(select.POLLIN, seconds)
+            except OSError as error:
+                raise Refusal(400, f"the body was cut short: {reason_of(error)}") from None
+            self.invites = False
+        if not self.ended:
+            raise Refusal(400, "the body is malformed or too long")     # as has been said once
+        return b""
+
     def decode(self, length):
-        """Yields the pieces of so many bytes, or of chunks (None); b'' where it would have to wait."""
+        """Yields the pieces of so many bytes, or of chunks (None); b'' where it needs more input."""
         if length is not None:
             yield from self.take(length)
         else:
-            total, trailers = 0, b""
-            while True:
-                match = CHUNK_LINE.fullmatch((yield from self.line(MAX_CHUNK_LINE)))
+            total, size, trailers = 0, None, b""
+            while size != 0:
+                match = CHUNK_LINE.fullmatch((yield from self.line(MAX_LINE)))
                 if not match:
                     raise Refusal(400, "malformed chunk size")
                 size = int(match[1], 16)
                 total += size
                 if 0 < self.config.max_body < total:
                     raise Refusal(413, f"more than {self.config.max_body} bytes")
-                if not size:
-                    break
-                yield from self.take(size)
-                yield from self.line(0)
-            while line := (yield from self.line(MAX_HEAD - len(trailers))):
-                trailers += line + b"\r\n"
+                yield from self.take(size)      # an empty line ends each, and the last has trailers before it
+                while line := (yield from self.line(0 if size else MAX_HEAD - len(trailers))):
+                    trailers += line + b"\r\n"
             parse_fields(trailers, False)       # they must be well-formed, and are discarded
         self.ended = True
 
     def take(self, left):
-        connection = self.connection
         while left:
-            if not connection.buffer:
-                yield from self.fill()
-            data, connection.buffer = connection.buffer[:left], connection.buffer[left:]
+            data, self.connection.buffer = self.connection.buffer[:left], self.connection.buffer[left:]
             left -= len(data)
             yield data
 
@@ -882,27 +848,7 @@ class Body(io.RawIOBase):
             if found:
                 self.connection.buffer = rest
                 return line[:-1]
-            yield from self.fill()
-
-    def fill(self):
-        """Receive something. Invites it with 100 Continue, if the client waits for that."""
-        connection, seconds = self.connection, self.config.io_timeout
-        while True:
-            try:
-                if not connection.receive():
-                    raise ConnectionError("end of input")
-                self.invited = True
-                return
-            except WOULD_BLOCK:
-                if not self.patient:
-                    yield b""
-                    continue
-            except OSError as error:
-                raise Refusal(400, f"the body was cut short: {reason_of(error)}") from None
-            if not self.invited and not self.exchange.head_sent:
-                self.invited = True
-                connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", seconds)
-            connection.wait(select.POLLIN, seconds)
+            yield b""
 
 
 @functools.lru_cache(maxsize=512)
@@ -919,19 +865,11 @@ def http_date(second):
     return f"Date: {email.utils.formatdate(second, usegmt=True)}"
 
 
-class FileWrapper(wsgiref.util.FileWrapper):
-    """wsgi.file_wrapper: sent with sendfile where it is a real file, else read in larger pieces."""
-
-    def __init__(self, filelike, blksize=PIECE):
-        super().__init__(filelike, blksize)
-
-
 class Exchange(socketserver.BaseRequestHandler):
-    """One request and its response, in a thread. What socketserver calls the request is the connection, and
-    the server is the worker. Afterwards connection.keep says whether it may go on."""
+    """One request and its response, in a thread. What socketserver calls the request is the connection, and the server
+    is the worker. Afterwards connection.keep says whether it may go on."""
     status = None                       # of the response, as the application gave it
-    announced: Optional[int] = None     # its Content-Length
-    left: Optional[int] = None          # bytes that it still allows
+    left: Optional[int] = None          # bytes of body that its Content-Length still allows
     sent = 0                            # bytes of body
     head_sent = chunked = False
 
@@ -942,11 +880,9 @@ class Exchange(socketserver.BaseRequestHandler):
         environ["wsgi.input"] = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO(connection.body)
         try:
             self.respond(self.server.application(environ, self.start_response))
-        except Refusal as refusal:      # wsgi.input raised it, and the application let it through
+        except Refusal as refusal:      # out of wsgi.input, where the application let it through, or out of send()
+            log.debug("%s: %s: %s", connection.client, escaped(connection.line), refusal.reason)
             self.fail(refusal)
-        except ClientGone as error:
-            self.keep = False
-            log.debug("%s: %s: client gone: %s", connection.client, escaped(connection.line), error)
         except BaseException:           # sys.exit() in a request is the application's error, too
             log.exception("%s: %s", connection.client, escaped(connection.line))
             self.fail(Refusal(500, "the application failed"))
@@ -958,9 +894,8 @@ class Exchange(socketserver.BaseRequestHandler):
         try:
             if not (isinstance(result, FileWrapper) and self.send_file(result.filelike)):
                 whole = isinstance(result, (list, tuple)) and len(result) == 1
-                for data in result:
-                    if data:
-                        self.write(data, whole)
+                for data in filter(None, result):
+                    self.write(data, whole)
                 if not self.head_sent:
                     self.send(self.head(0))
             if self.chunked:
@@ -981,13 +916,13 @@ class Exchange(socketserver.BaseRequestHandler):
         if not STATUS.fullmatch(status):
             raise ValueError(f"{status!r} is no status")
         ours = {"date": http_date(int(time.time())), "server": "Server: hupserve"}      # if it gives none
-        lines, self.announced = [f"HTTP/1.1 {status}" if len(status) > 3 else f"HTTP/1.1 {status} "], None
+        lines, self.left = [f"HTTP/1.1 {status:4}"], None     # the space is there without a reason, too
         for name, value in headers:
             lower, hop_by_hop = field_name(name)
             if lower == "content-length":
-                if not LENGTH.fullmatch(value) or self.announced not in (None, int(value)):
+                if not LENGTH.fullmatch(value) or self.left not in (None, int(value)):
                     raise ValueError(f"invalid Content-Length {value!r}")
-                self.announced = int(value)
+                self.left = int(value)
             elif lower == "connection":
                 self.keep = self.keep and not re.search(r"\bclose\b", value, re.IGNORECASE)
             elif not hop_by_hop:
@@ -1002,23 +937,22 @@ class Exchange(socketserver.BaseRequestHandler):
         return self.write
 
     def head(self, length):
-        """-> the head's bytes, having decided how the body is framed (RFC 9112 section 6.3). length: of the
-        whole body in bytes, or None if that is not known."""
+        """-> the head, having decided how the body, of length bytes or None, is framed (RFC 9112 section 6.3)."""
         if self.status is None:
             raise AssertionError("start_response was not called")
         connection, http11, head = self.request, self.request.request.http11, self.lines
         no_length = self.status[0] == "1" or self.status[:3] == "204"
         no_body = no_length or self.status[:3] == "304" or connection.line.startswith("HEAD ")
-        if self.announced is None and not no_body:
-            self.announced = length
-        self.left = 0 if no_body else self.announced
-        if self.announced is not None and not no_length:
-            head += b"\r\nContent-Length: %d" % self.announced
-        elif self.left is None and http11:
+        if self.left is None and not no_body:
+            self.left = length
+        if self.left is not None and not no_length:
+            head += b"\r\nContent-Length: %d" % self.left
+        elif http11 and not no_body:
             self.chunked = True
             head += b"\r\nTransfer-Encoding: chunked"
-        elif self.left is None or self.status[0] == "1":
+        elif not no_body or self.status[0] == "1":
             self.keep = False
+        self.left = 0 if no_body else self.left
         self.keep = self.keep and (not self.body or self.body.arrived())
         if self.keep and self.server.life == Life.DRAINING:     # who has asked again already is answered once more
             with contextlib.suppress(OSError):
@@ -1029,8 +963,8 @@ class Exchange(socketserver.BaseRequestHandler):
         return head + last + b"\r\n\r\n"
 
     def write(self, data, whole=False):
-        """Send a piece of the body, the head before the first (PEP 3333's write callable, too). What is
-        more than the announced length never reaches the wire: it would pose as the next response."""
+        """Send a piece of the body, the head before the first (PEP 3333's write callable, too). What is more than the
+        announced length never reaches the wire: it would pose as the next response."""
         if not isinstance(data, bytes):
             raise TypeError(f"the application gave {type(data).__name__}, not bytes")
         head = b"" if self.head_sent else self.head(len(data) if whole else None)
@@ -1040,29 +974,31 @@ class Exchange(socketserver.BaseRequestHandler):
         self.sent += len(data)
         if self.chunked and data:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        if len(data) <= PIECE:
-            head, data = b"", head + data
-        for piece in filter(None, (head, data)):
-            self.send(piece)
+        if len(data) > PIECE:       # too much to copy
+            self.send(head)
+            head = b""
+        self.send(head + data)
 
     def send(self, data):
         self.request.send(data, self.server.config.io_timeout)
 
     def send_file(self, file):
-        """From where the file stands to its end, by sendfile -> False: it has to be read. (A GzipFile has a
-        descriptor as well: of what it would decompress.)"""
-        plain = isinstance(getattr(file, "raw", file), io.FileIO) and not file.closed and hasattr(os, "sendfile")
+        """From where it stands to its end -> False: it has to be read. (A GzipFile's descriptor is no plain file's.)"""
+        sock, plain = self.request.sock, isinstance(getattr(file, "raw", file), io.FileIO)
         if not plain or self.head_sent or self.request.tls or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return False
-        fd, offset = file.fileno(), file.tell()
-        self.send(self.head(max(0, os.fstat(fd).st_size - offset)))
-
-        def step():
-            count = os.sendfile(self.request.sock.fileno(), fd, offset + self.sent, self.left)
-            self.left, self.sent = self.left - count, self.sent + count
-            return not count or not self.left       # none: the file has shrunk
+        start = file.tell()
+        self.send(self.head(max(0, os.fstat(file.fileno()).st_size - start)))
         if self.left:
-            self.request.push(step, self.server.config.io_timeout)
+            sock.settimeout(self.server.config.io_timeout)
+            try:
+                sock.sendfile(file, start, self.left)       # or less, if the file has shrunk
+            except OSError as error:
+                raise Refusal(408, f"client gone: {reason_of(error)}") from None
+            finally:
+                sock.setblocking(False)
+                self.sent = file.tell() - start
+            self.left -= self.sent
         return True
 
     def fail(self, refusal):
