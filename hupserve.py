@@ -1595,7 +1595,7 @@ class Master:
     fork_at = 0.0               # not before this time: there was no more to give
 
     def __init__(self, config):
-        self.status = 0 if config.listen else 2     # to exit with. No address: a first generation is tried, and stopped
+        self.status = 0 if config.listen else 2     # to exit with; without an address (--check) there is only a trial
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         # Under nohup, which ignores SIGHUP, the end of the terminal is no reason to stop.
         self.terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
@@ -1611,7 +1611,7 @@ class Master:
         while self.children or not self.stops:
             self.wait()
             for child in self.children.values():
-                child.hear()    # before obey(): a worker may leave for a TERM to the whole group, and then we stop, too
+                child.hear()    # before obey(): see tend()
             self.obey()         # before reap(): the bell is silenced first, so that a death after this rings it anew
             self.reap()
             self.advance()
@@ -1656,11 +1656,11 @@ class Master:
         child.line.sock.close()
         scoreboard.write(child.slot, None)
         end = f"exited with status {code}" if code >= 0 else f"was killed by signal {-code}"
-        how = f"worker {child.number} (pid {child.pid}) of generation {child.generation.number} {end}"
+        how = f"worker {child.number} (pid {child.pid}) {end}"
         status, reason = child.said.get("failed", (1, f"{how} before it was ready"))
         if child.life == Life.DRAINING:
             failed = code and child.generation.number <= self.current.number    # and was not rolled back
-            log.log(logging.WARNING if failed else logging.DEBUG, "%s", how)
+            log.log(logging.WARNING if failed else logging.DEBUG, "%s, of generation %d", how, child.generation.number)
         elif child.generation is self.upcoming:
             self.roll_back(reason, status)
         else:
@@ -1721,7 +1721,7 @@ class Master:
 
     def commit(self, new, old):
         """Every new worker is ready, and none has accepted anything. What can fail comes first."""
-        if not new.config.listen:
+        if not new.config.listen:       # --check
             self.status = 0
             return self.roll_back(f"{new.config.target}: good", 0)
         try:
@@ -1795,12 +1795,13 @@ class Master:
                 if child.life == Life.VACANT and self.due(max(child.fork_at, self.fork_at)):
                     self.spawn(child)
                 elif child.life == Life.BOOTING and self.due(child.born + generation.config.boot_timeout):
-                    child.said["failed"] = 1, "it was not ready within boot_timeout"
+                    child.said.setdefault("failed", [1, "it was not ready within boot_timeout"])
                     os.kill(child.pid, signal.SIGKILL)
                 elif child.life == Life.READY and generation is self.current:
                     child.line.say("go")
                     child.life = Life.SERVING
                 elif child.life == Life.SERVING and "leaving" in child.said:
+                    # After obey(): if the signal went to the whole group, the queues have to be emptied, too.
                     child.vacate(self.now)
                     self.order(child)
                     self.alarm = self.now
@@ -1830,12 +1831,13 @@ class Master:
     def become_worker(self, child, line):
         """In the worker: close what is the master's and other generations', and run. Never returns."""
         try:
-            spare = [self.bell, *self.adopted.values(), *(other.line.sock for other in self.children.values())]
+            spare = [other.line.sock for other in (child, *self.children.values())]
+            spare += [self.bell, *self.adopted.values()]
             for other in filter(None, (self.current, self.upcoming)):
                 spare += [other.pidfile] if other.pidfile else []
-                for text, listeners in other.listeners.items():
-                    spare += listeners if child.generation.listeners.get(text) is not listeners else []
-            for each in (*spare, child.line.sock):
+                for text in other.listeners.keys() - child.generation.listeners.keys():
+                    spare += other.listeners[text]
+            for each in spare:
                 each.close()
             leave(run_worker(child.generation, child.number, child.slot, line))
         except BaseException:
@@ -1904,7 +1906,8 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</
 :root { color-scheme: light dark; font: 1rem/1.5 system-ui }
 body { max-width: 60rem; margin: auto; padding: 1rem }
 table { border-collapse: collapse; width: 100%%; font-size: clamp(.6rem, 2vw, 1rem) }
-th, td { padding: .3em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top; white-space: pre-line }
+th, td { padding: .3em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top }
+td { white-space: pre-line; overflow-wrap: anywhere }
 </style>
 <h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
 <table><tr><th>%(columns)s%(rows)s</table>
