@@ -1591,7 +1591,6 @@ class Master:
     hup = False                 # a SIGHUP waits to be obeyed
     stops = 0                   # TERM, QUIT and INT so far
     count = 0                   # of generations so far
-    alarm = 0.0                 # the earliest time at which something is due
     fork_at = 0.0               # not before this time: there was no more to give
 
     def __init__(self, config):
@@ -1628,7 +1627,7 @@ class Master:
             poll.register(source, select.POLLIN)
         poll.poll(max(0, self.alarm - time.monotonic()) * 1000)
         self.now = time.monotonic()
-        self.alarm = self.now + 3600        # at the latest: poll() does not take more than 24 days
+        self.alarm = self.now + 3600        # when something is due, at the latest: poll() takes up to 24 days
 
     def due(self, when):
         """Is it time? If not, the loop will come round then."""
@@ -1671,14 +1670,7 @@ class Master:
     # The reload: begin, bind, boot, commit or roll back
 
     def advance(self):
-        """Move the reload on, as far as it goes. A SIGHUP that comes in its midst is remembered, once."""
-        if self.hup and not self.upcoming and not self.stops:
-            self.hup = False
-            self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            try:
-                self.begin(read_config(self.current.config.target))
-            except ConfigError as error:
-                self.conclude(logging.ERROR, f"reload refused: {error}")
+        """Move the reload on, as far as it goes. A SIGHUP that came in its midst was remembered, once, and is next."""
         new = self.upcoming
         if new and not new.children:
             self.bind(new, self.current)
@@ -1687,12 +1679,19 @@ class Master:
                 self.commit(new, self.current)
             elif self.due(new.deadline):
                 self.roll_back(f"not every worker was ready within {new.config.boot_timeout:g} s (boot_timeout)")
+        if self.hup and not self.upcoming and not self.stops:
+            self.hup = False
+            self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                self.begin(read_config(self.current.config.target))
+            except ConfigError as error:
+                self.conclude(logging.ERROR, f"reload refused: {error}")
 
     def begin(self, config):
         for warning in config.warnings:
             log.warning("%s", warning)
         self.count += 1
-        self.upcoming = Generation(self.count, config)
+        self.upcoming, self.alarm = Generation(self.count, config), 0.0     # which advance() is to see at once
 
     def bind(self, new, old):
         """Keep the very sockets of the addresses that stay, with the clients queued on them; bind the new ones; claim
@@ -1817,7 +1816,7 @@ class Master:
             if not child.pid:
                 self.become_worker(child, theirs)       # does not return
         except OSError as error:
-            if not self.fork_at:
+            if self.fork_at < self.now - PAUSE:     # the first time
                 log.error("cannot start a worker: %s; trying again every %g s", reason_of(error), PAUSE)
             self.fork_at = self.now + PAUSE
             self.due(self.fork_at)
