@@ -1696,9 +1696,8 @@ class Master:
     def bind(self, new, old):
         """Keep the very sockets of the addresses that stay, with the clients queued on them; bind the new ones; claim
         the pidfile. Then there are places for workers."""
-        config = new.config
         try:
-            for address in config.listen:
+            for address in new.config.listen:
                 key, text = "listen", address.text
                 if text in old.listeners:
                     new.listeners[text] = old.listeners[text]
@@ -1707,16 +1706,16 @@ class Master:
                         if overlap(address, other):
                             raise OSError(errno.EEXIST, f"overlaps {other.text}, which is being served")
                     new.listeners[text] = open_listener(address, self.adopted)
-            key, text = "pidfile", config.pidfile
+            key, text = "pidfile", new.config.pidfile
             new.pidfile = old.pidfile if text == old.config.pidfile else claim_pidfile(text) if text else None
         except OSError as error:
             # An address may come back before an old worker has let go of it.
             if error.errno == errno.EADDRINUSE and not self.due(min(new.deadline, self.now + 0.05)):
                 return
-            return self.roll_back(str(config.ini.wrong("server:main", key, f"{text}: {reason_of(error)}")))
-        new.borrowed = {address.text for address in config.listen if self.adopted.keys() & set(address.binds)}
-        new.deadline = self.now + config.boot_timeout
-        new.children = [Child(new, number) for number in range(config.workers)]
+            return self.roll_back(str(new.config.ini.wrong("server:main", key, f"{text}: {reason_of(error)}")))
+        new.borrowed = {address.text for address in new.config.listen if self.adopted.keys() & set(address.binds)}
+        new.deadline = self.now + new.config.boot_timeout
+        new.children = [Child(new, number) for number in range(new.config.workers)]
 
     def commit(self, new, old):
         """Every new worker is ready, and none has accepted anything. What can fail comes first."""
@@ -1830,8 +1829,7 @@ class Master:
     def become_worker(self, child, line):
         """In the worker: close what is the master's and other generations', and run. Never returns."""
         try:
-            spare = [other.line.sock for other in (child, *self.children.values())]
-            spare += [self.bell, *self.adopted.values()]
+            spare = [self.bell, *self.adopted.values(), *(each.line.sock for each in (child, *self.children.values()))]
             for other in filter(None, (self.current, self.upcoming)):
                 spare += [other.pidfile] if other.pidfile else []
                 for text in other.listeners.keys() - child.generation.listeners.keys():
@@ -1867,8 +1865,7 @@ class Master:
 
 
 def claim_pidfile(path):
-    """-> the new file, open and locked: the lock, unlike the number in it, ends with its master. Raises OSError while
-    another master holds it."""
+    """-> the file, open and locked: the lock, unlike the number in it, ends with its master. OSError: it is taken."""
     with contextlib.suppress(FileNotFoundError), open(path) as other:
         try:
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -1911,7 +1908,6 @@ td { white-space: pre-line; overflow-wrap: anywhere }
 <h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
 <table><tr><th>%(columns)s%(rows)s</table>
 <p><button onclick="fetch('slow?seconds=20', {keepalive: true})" %(hidden)s>Hold a request in flight for 20 s</button>
-</html>
 """
 
 
