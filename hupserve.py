@@ -4,9 +4,9 @@
     python hupserve.py example.ini          serve
     kill -HUP <pid of the master>           reload: new workers, new code, new settings
 
-It promises that between its first answer and its stop no client is refused or reset, and that no request
-which has begun to arrive goes without an answer: whatever is reloaded, and also if that turns out wrong.
-It leaves to others: HTTP/2, websockets, async applications, privileges, static files at scale.
+It promises that between its first answer and its stop no client is refused or reset, and that no request which has
+begun to arrive goes without an answer: whatever is reloaded, and also if that turns out wrong. It leaves to others:
+HTTP/2, websockets, async applications, privileges, static files at scale.
 
     operator --signals--> MASTER    owns the listeners, starts and counts the workers; runs no
                           |    ^    application code and no thread, so it can fork for years
@@ -23,12 +23,11 @@ A reload. A generation is the workers started from one reading of the configurat
     new workers                    load the application ....ready| serve
                   a mistake found up to here is a roll-back: nothing has changed
 
-    signal   to the master                          to a worker
-    HUP      reload                                 drain if the master ordered it, else a log line
-    TERM     stop when every request is answered    ask for a replacement, drain and leave
-    QUIT     as TERM                                as TERM
-    INT      as TERM, without grace for the idle    nothing: the master speaks for it
-    USR1     nothing: logs follow their rotation    nothing
+    signal        to the master                          to a worker
+    HUP           reload                                 drain if the master ordered it, else a log line
+    TERM, QUIT    stop when every request is answered    ask for a replacement, drain and leave
+    INT           as TERM, without grace for the idle    nothing: the master speaks for it
+    USR1          nothing: logs follow their rotation    nothing
 A second TERM, QUIT or INT stops the master at once.
 """
 
@@ -1483,7 +1482,6 @@ def leave(status):
 
 # ---- The master: its loop first, then what comes from below, the reload, spawn, stop -----------------
 
-
 class Child:
     """One of a generation's places for a worker and, from BOOTING on, the worker in it."""
 
@@ -1492,8 +1490,13 @@ class Child:
         self.deaths, self.fork_at = deaths, fork_at         # of those before it; when it may be forked
         self.pid, self.slot, self.born = 0, 0, 0.0          # born: in time.monotonic() seconds
         self.line: Any = None
-        self.leaving = False                                # somebody else's SIGTERM has told it to
-        self.failure: Any = None                            # (exit status, reason), once it has said "failed"
+        self.said: dict = {}        # on its line: {"ready": [], "leaving": [], "failed": [exit status, reason]}
+
+    def hear(self):
+        for word, *rest in self.line.hear():
+            self.said[word] = rest
+        if self.life == Life.BOOTING and "ready" in self.said:
+            self.life = Life.READY
 
     def vacate(self, now):
         """Put a successor in its place -> after how many seconds it is to be forked."""
@@ -1516,48 +1519,48 @@ class Generation:
 
 
 class Master:
-    """Owns listeners and workers; sits in one selector all its life."""
+    """Owns listeners and workers; sits in one poll() all its life."""
+    upcoming: Any = None        # the Generation that a reload prepares
+    hup = False                 # a SIGHUP waits to be obeyed
+    stops = 0                   # TERM, QUIT and INT so far
+    count = 0                   # of generations so far
+    fork_at = 0.0               # not before this time: there was no more to give
 
-    def __init__(self, config, checking=False):
-        self.checking = checking        # whether a first generation could serve, and then stop (--check)
+    def __init__(self, config):
+        self.status = 0 if config.listen else 2     # to exit with; without an address (--check) there is only a trial
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         # Under nohup, which ignores SIGHUP, the end of the terminal is no reason to stop.
         self.terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
-        self.adopted = adopt()
-        self.bell = Bell()
+        self.adopted, self.bell = adopt(), Bell()
         self.bell.hang(MASTER_SIGNALS)
-        # Not epoll: its descriptor is shared over fork, and a child could unregister what is the master's.
-        self.selector = selectors.PollSelector()
-        self.selector.register(self.bell, selectors.EVENT_READ)
         self.children: dict = {}        # {pid: Child}, of all generations
-        self.count = 0                  # of generations so far
         # The one that serves. The start is a reload, too: from generation 0, which has nothing.
         self.current = Generation(0, config._replace(listen=(), pidfile=""))
-        self.upcoming: Any = None       # the Generation that a reload prepares
-        self.hup = False                # a SIGHUP waits to be obeyed
-        self.stops = 0                  # TERM, QUIT and INT so far
-        self.status = 2 * checking      # to exit with
-        self.fork_at = 0.0              # not before this time: there was no more to give
         self.begin(config)
 
     def run(self):
-        """-> exit status. Each step looks at what is and does what is due; only select() waits."""
-        while True:
-            self.now = time.monotonic()
-            self.alarm = self.now + 3600        # at the latest: poll() does not take more than 24 days
-            self.obey()     # before reap(): the bell is silenced first, so that a death after this rings it anew
+        """-> exit status. Each step looks at what is and does what is due; only wait() waits."""
+        while self.children or not self.stops:
+            self.wait()
+            for child in self.children.values():
+                child.hear()    # before obey(): see tend()
+            self.obey()         # before reap(): the bell is silenced first, so that a death after this rings it anew
             self.reap()
             self.advance()
             self.tend()
-            if self.stops and not self.children:
-                break
-            for key, _ in self.selector.select(max(0, self.alarm - time.monotonic())):
-                if key.data:
-                    self.hear(key.data)
         release_pidfile(self.current)
         if self.current.number:
             log.info("stopped")
         return self.status
+
+    def wait(self):
+        """Until there is a signal or word from a worker, or something is due."""
+        poll = select.poll()
+        for source in (self.bell, *(child.line for child in self.children.values() if not child.line.ended)):
+            poll.register(source, select.POLLIN)
+        poll.poll(max(0, self.alarm - time.monotonic()) * 1000)
+        self.now = time.monotonic()
+        self.alarm = self.now + 3600        # when something is due, at the latest: poll() takes up to 24 days
 
     def due(self, when):
         """Is it time? If not, the loop will come round then."""
@@ -1565,42 +1568,7 @@ class Master:
             self.alarm = min(self.alarm, when)
         return when <= self.now
 
-    # What comes from below, and from the operator
-
-    def hear(self, child, gone=False):
-        for word, *rest in child.line.hear():
-            if word == "ready" and child.life == Life.BOOTING:
-                child.life = Life.READY
-            elif word == "failed":
-                child.failure = rest
-            elif word == "leaving":
-                child.leaving = True
-        if (gone or child.line.ended) and child.line in self.selector.get_map():
-            self.selector.unregister(child.line)
-
-    def reap(self):
-        with contextlib.suppress(ChildProcessError):
-            for pid, status in iter(lambda: os.waitpid(-1, os.WNOHANG), (0, 0)):
-                if pid in self.children:        # if not, we are process 1, and it is somebody's orphan
-                    self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))
-
-    def bury(self, child, code):
-        self.hear(child, gone=True)     # its last words
-        child.line.sock.close()
-        scoreboard.write(child.slot, None)
-        how = f"worker {child.number} (pid {child.pid}) " + (
-            f"exited with status {code}" if code >= 0 else f"was killed by signal {-code}")
-        status, reason = child.failure or (1, f"{how} before it was ready")
-        if child.life == Life.DRAINING:
-            served = child.generation.number <= self.current.number     # if not, its generation was rolled back
-            log.log(logging.WARNING if code and served else logging.DEBUG, "%s, of generation %d", how,
-                    child.generation.number)
-        elif child.generation is self.upcoming:
-            self.roll_back(reason, status)
-        else:
-            seconds = child.vacate(self.now)
-            log.error("%s%s; replaced %s", how, f": {reason}" * bool(child.failure),
-                      f"in {seconds:g} s" if seconds else "now")
+    # What comes from the operator, and from below
 
     def obey(self):
         for signum in self.bell.answer():
@@ -1609,17 +1577,33 @@ class Master:
             elif signum == signal.SIGHUP:
                 self.hup = True
 
+    def reap(self):
+        with contextlib.suppress(ChildProcessError):
+            for pid, status in iter(lambda: os.waitpid(-1, os.WNOHANG), (0, 0)):
+                if pid in self.children:        # if not, we are process 1, and it is somebody's orphan
+                    self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))
+
+    def bury(self, child, code):
+        child.hear()        # its last words
+        child.line.sock.close()
+        scoreboard.write(child.slot, None)
+        end = f"exited with status {code}" if code >= 0 else f"was killed by signal {-code}"
+        how = f"worker {child.number} (pid {child.pid}) {end}"
+        status, reason = child.said.get("failed", (1, f"{how} before it was ready"))
+        if child.life == Life.DRAINING:
+            failed = code and child.generation.number <= self.current.number    # and was not rolled back
+            log.log(logging.WARNING if failed else logging.DEBUG, "%s, of generation %d", how, child.generation.number)
+        elif child.generation is self.upcoming:
+            self.roll_back(reason, status)
+        else:
+            seconds = child.vacate(self.now)
+            log.error("%s%s; replaced %s", how, f": {reason}" if "failed" in child.said else "",
+                      f"in {seconds:g} s" if seconds else "now")
+
     # The reload: begin, bind, boot, commit or roll back
 
     def advance(self):
-        """Move the reload on, as far as it goes. A SIGHUP that comes in its midst is remembered, once."""
-        if self.hup and not self.upcoming and not self.stops:
-            self.hup = False
-            self.notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
-            try:
-                self.begin(read_config(self.current.config.target))
-            except ConfigError as error:
-                self.conclude(logging.ERROR, f"reload refused: {error}")
+        """Move the reload on, as far as it goes. A SIGHUP that came in its midst was remembered, once, and is next."""
         new = self.upcoming
         if new and not new.children:
             self.bind(new, self.current)
@@ -1628,19 +1612,25 @@ class Master:
                 self.commit(new, self.current)
             elif self.due(new.deadline):
                 self.roll_back(f"not every worker was ready within {new.config.boot_timeout:g} s (boot_timeout)")
+        if self.hup and not self.upcoming and not self.stops:
+            self.hup = False
+            self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                self.begin(read_config(self.current.config.target))
+            except ConfigError as error:
+                self.conclude(logging.ERROR, f"reload refused: {error}")
 
     def begin(self, config):
         for warning in config.warnings:
             log.warning("%s", warning)
         self.count += 1
-        self.upcoming = Generation(self.count, config)
+        self.upcoming, self.alarm = Generation(self.count, config), 0.0     # which advance() is to see at once
 
     def bind(self, new, old):
-        """Keep the very sockets of the addresses that stay, with the clients that are queued on them; bind
-        the new ones; claim the pidfile. Then there are places for workers."""
-        config = new.config
+        """Keep the very sockets of the addresses that stay, with the clients queued on them; bind the new ones; claim
+        the pidfile. Then there are places for workers."""
         try:
-            for address in config.listen:
+            for address in new.config.listen:
                 key, text = "listen", address.text
                 if text in old.listeners:
                     new.listeners[text] = old.listeners[text]
@@ -1649,36 +1639,37 @@ class Master:
                         if overlap(address, other):
                             raise OSError(errno.EEXIST, f"overlaps {other.text}, which is being served")
                     new.listeners[text] = open_listener(address, self.adopted)
-                if self.adopted.keys() & set(address.binds):
-                    new.borrowed.add(text)
-            key, text = "pidfile", config.pidfile
+            key, text = "pidfile", new.config.pidfile
             new.pidfile = old.pidfile if text == old.config.pidfile else claim_pidfile(text) if text else None
         except OSError as error:
             # An address may come back before an old worker has let go of it.
             if error.errno == errno.EADDRINUSE and not self.due(min(new.deadline, self.now + 0.05)):
                 return
-            return self.roll_back(str(config.ini.wrong("server:main", key, f"{text}: {reason_of(error)}")))
-        new.deadline = self.now + config.boot_timeout
-        new.children = [Child(new, number) for number in range(config.workers)]
+            return self.roll_back(str(new.config.ini.wrong("server:main", key, f"{text}: {reason_of(error)}")))
+        new.borrowed = {address.text for address in new.config.listen if self.adopted.keys() & set(address.binds)}
+        new.deadline = self.now + new.config.boot_timeout
+        new.children = [Child(new, number) for number in range(new.config.workers)]
 
     def commit(self, new, old):
         """Every new worker is ready, and none has accepted anything. What can fail comes first."""
-        if self.checking:
+        if not new.config.listen:       # --check
+            self.status = 0
             return self.roll_back(f"{new.config.target}: good", 0)
         try:
+            logs = open_logs(new.config)
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
                     listener.listen(new.config.backlog)
-            logs = open_logs(new.config)
         except OSError as error:
             return self.roll_back(f"{new.config.ini.path}: {error.filename or text}: {reason_of(error)}")
         self.current, self.upcoming = new, None
         use_logs(new.config, logs)
         self.tend()     # says "go"; no place is vacant
         self.dismiss(old, new)
+        workers = f"{new.config.workers} worker{'s' * (new.config.workers > 1)}"
         if not old.number:
-            self.announce()
-        self.conclude(logging.INFO, f"generation {new.number} serves with {new.config.workers} workers")
+            self.announce(workers)
+        self.conclude(logging.INFO, f"generation {new.number} serves with {workers}")
 
     def roll_back(self, reason, status=1):
         """Nothing has changed: the old generation has never stopped serving."""
@@ -1687,21 +1678,21 @@ class Master:
         if self.current.number:
             self.conclude(logging.ERROR, f"reload rolled back: {reason}")
         else:
-            self.stops, self.status = 1, complain(reason, 2 if status and self.checking else status)
+            self.stops, self.status = 1, complain(reason, max(status, self.status))
 
     def dismiss(self, generation, heir):
-        """Close what only this generation has, then tell its workers, who are the last to have it: the order
-        on the line, with what a signal cannot say, before the signal. Who drains already is not told again."""
+        """Close what only this generation has, then tell its workers, who are the last to have it."""
         dropped = generation.listeners.keys() - heir.listeners.keys()
         for text in dropped:
             close_listeners(generation.listeners[text])
         if generation.pidfile is not heir.pidfile:
             release_pidfile(generation)
         for child in self.children.values():
-            if child.generation is generation and child.life != Life.DRAINING:
+            if child.generation is generation and child.life != Life.DRAINING:      # who drains is not told again
                 self.order(child, dropped - generation.borrowed if child.life == Life.SERVING else ())
 
     def order(self, child, dropped=()):
+        """On the line, with what a signal cannot say; then the signal."""
         child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)
         os.kill(child.pid, signal.SIGKILL if child.life == Life.BOOTING else signal.SIGHUP)
         child.life = Life.DRAINING
@@ -1715,18 +1706,16 @@ class Master:
         """sd_notify(3): one datagram."""
         if self.notify_socket:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)
-                sock.sendto("\n".join(lines).encode(), re.sub("^@", "\0", self.notify_socket))
+                sock.sendto(os.fsencode("\n".join(lines)), socket.MSG_DONTWAIT, re.sub("^@", "\0", self.notify_socket))
 
-    def announce(self):
-        config, urls = self.current.config, []
+    def announce(self, workers):
+        config, places = self.current.config, []
         for text, (listener, *_) in self.current.listeners.items():
-            scheme, host = "https" if config.tls else "http", text.rpartition(":")[0]
-            unix = listener.family == socket.AF_UNIX
-            urls.append(text if unix else f"{scheme}://{host}:{listener.getsockname()[1]}")
-        many = "s" * (config.workers > 1)
-        complain(f"serving {config.target} on {' '.join(urls)} with {config.workers} worker{many}; to reload it: "
-                 f"kill -HUP {os.getpid()}", 0, f" {__version__}")
+            if listener.family != socket.AF_UNIX:
+                text = f"http{'s' * bool(config.tls)}://{text.rpartition(':')[0]}:{listener.getsockname()[1]}"
+            places.append(text)
+        complain(f"{__version__} serves {config.target} on {' '.join(places)} with {workers}; to reload it: "
+                 f"kill -HUP {os.getpid()}", 0)
 
     # Spawn
 
@@ -1737,12 +1726,12 @@ class Master:
                 if child.life == Life.VACANT and self.due(max(child.fork_at, self.fork_at)):
                     self.spawn(child)
                 elif child.life == Life.BOOTING and self.due(child.born + generation.config.boot_timeout):
-                    log.error("worker %d (pid %d) was not ready within boot_timeout", child.number, child.pid)
+                    child.said.setdefault("failed", [1, "it was not ready within boot_timeout"])
                     os.kill(child.pid, signal.SIGKILL)
                 elif child.life == Life.READY and generation is self.current:
                     child.line.say("go")
                     child.life = Life.SERVING
-                elif child.life == Life.SERVING and child.leaving:
+                elif child.life == Life.SERVING and "leaving" in child.said:
                     # After obey(): if the signal went to the whole group, the queues have to be emptied, too.
                     child.vacate(self.now)
                     self.order(child)
@@ -1751,43 +1740,40 @@ class Master:
     def spawn(self, child):
         taken = {other.slot for other in self.children.values()}
         child.slot = min(set(range(Scoreboard.SLOTS)) - taken, default=Scoreboard.SLOTS - 1)
+        # Blocked, for the child must not run the master's handlers, nor lose a signal before it has its own.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             child.line, theirs = map(Line, socket.socketpair())
-            # Blocked, for the child must not run the master's handlers, nor lose a signal before it has its own.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            try:
-                child.pid = os.fork()
-                if not child.pid:
-                    self.become_worker(child, theirs)       # does not return
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            child.pid = os.fork()
+            if not child.pid:
+                self.become_worker(child, theirs)       # does not return
         except OSError as error:
-            if not self.fork_at:
+            if self.fork_at < self.now - PAUSE:     # the first time
                 log.error("cannot start a worker: %s; trying again every %g s", reason_of(error), PAUSE)
             self.fork_at = self.now + PAUSE
             self.due(self.fork_at)
-            return
-        theirs.sock.close()
-        self.fork_at, child.born, child.life = 0.0, self.now, Life.BOOTING
-        self.children[child.pid] = child
-        self.selector.register(child.line, selectors.EVENT_READ, child)
+        else:
+            theirs.sock.close()
+            self.fork_at, child.born, child.life = 0.0, self.now, Life.BOOTING
+            self.children[child.pid] = child
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def become_worker(self, child, line):
         """In the worker: close what is the master's and other generations', and run. Never returns."""
-        status = 1
         try:
-            spare = [self.bell, *self.adopted.values(), *(other.line.sock for other in self.children.values())]
+            spare = [self.bell, *self.adopted.values(), *(each.line.sock for each in (child, *self.children.values()))]
             for other in filter(None, (self.current, self.upcoming)):
                 spare += [other.pidfile] if other.pidfile else []
-                for text, listeners in other.listeners.items():
-                    spare += listeners if child.generation.listeners.get(text) is not listeners else []
-            for each in (*spare, child.line.sock):
+                for text in other.listeners.keys() - child.generation.listeners.keys():
+                    spare += other.listeners[text]
+            for each in spare:
                 each.close()
-            status = run_worker(child.generation, child.number, child.slot, line)
+            leave(run_worker(child.generation, child.number, child.slot, line))
         except BaseException:
             log.exception("worker %d failed", child.number)
         finally:
-            leave(status)
+            leave(1)
 
     # Stop
 
@@ -1796,25 +1782,23 @@ class Master:
         self.stops += 1
         if self.stops > 1:
             log.warning("stopped by force")
-            self.status = self.status or 1
+            self.status = max(1, self.status)
             for pid in self.children:
                 os.kill(pid, signal.SIGKILL)
             return
         why = "the terminal is gone" if signum == signal.SIGHUP else signal.Signals(signum).name
         log.info("%s: stopping, when every request that has begun is answered", why)
         self.notify("STOPPING=1")
-        if self.upcoming:
-            self.dismiss(self.upcoming, self.current)
-        old, self.upcoming = self.current, None
-        self.current = Generation(old.number, old.config, old.pidfile)
-        self.dismiss(old, self.current)
+        nothing = Generation(self.current.number, self.current.config, self.current.pidfile)
+        for generation in filter(None, (self.upcoming, self.current)):
+            self.dismiss(generation, nothing)
+        self.current, self.upcoming = nothing, None
         for child in self.children.values() if signum == signal.SIGINT else ():
             child.line.say("drain", [], 0)      # a second order: no grace
 
 
 def claim_pidfile(path):
-    """-> the new file, open and locked: the lock, unlike the number in it, ends with its master. Raises
-    OSError while another master holds it."""
+    """-> the file, open and locked: the lock, unlike the number in it, ends with its master. OSError: it is taken."""
     with contextlib.suppress(FileNotFoundError), open(path) as other:
         try:
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -1846,34 +1830,23 @@ def has_terminal():
 
 COLUMNS = ("generation", "worker", "pid", "state", "idle", "reading", "in_flight", "served", "waits_for")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="1">
 <style>
-:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
-body { max-width: 60rem; margin: auto; padding: 1rem; overflow-x: auto }
-table { border-collapse: collapse; width: 100%% }
-@media (max-width: 40rem) { table { font-size: .7rem } }
-th, td { text-align: left; padding: .3em .5em; border-bottom: 1px solid #8886; vertical-align: top }
-td { white-space: pre-line }
-.draining { opacity: .7 }
-button { font: inherit }
+:root { color-scheme: light dark; font: 1rem/1.5 system-ui }
+body { max-width: 60rem; margin: auto; padding: 1rem }
+table { border-collapse: collapse; width: 100%%; font-size: clamp(.6rem, 2vw, 1rem) }
+th, td { padding: .3em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top }
+td { white-space: pre-line; overflow-wrap: anywhere }
 </style>
-<main><h1>%(title)s</h1><p>Answered by %(answered_by)s.</p><table><tr><th>%(columns)s%(rows)s</table></main>
-<p><button onclick="fetch('slow?seconds=20')" %(hidden)s>Hold a request in flight for 20 s</button></p>
-<script>
-const main = document.querySelector("main")
-setInterval(async () => {
-  try {
-    const page = await (await fetch("", {cache: "no-store"})).text()
-    main.innerHTML = new DOMParser().parseFromString(page, "text/html").querySelector("main").innerHTML
-  } catch (error) { main.querySelector("p").textContent = "Nobody answers: " + error.message }
-}, 500)
-</script></html>
+<h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
+<table><tr><th>%(columns)s%(rows)s</table>
+<p><button onclick="fetch('slow?seconds=20', {keepalive: true})" %(hidden)s>Hold a request in flight for 20 s</button>
 """
 
 
 def status_filter(global_conf, path="/status"):
-    """paste.filter_factory: at path, a page that shows all workers of all generations, live; and the same
-    as JSON to whom asks for it (Accept: application/json, or ?format=json)."""
+    """paste.filter_factory: at path, a page that shows all workers of all generations, live; and the same as JSON to
+    whom asks for it (Accept: application/json, or ?format=json)."""
     def with_status(application):
         return lambda environ, start_response: (
             status if environ.get("PATH_INFO") == path else application)(environ, start_response)
@@ -1883,14 +1856,12 @@ def status_filter(global_conf, path="/status"):
 def status(environ, start_response, greeting=""):
     facts = {"greeting": greeting, "pid": os.getpid(), "workers": scoreboard.read(),
              "generation": environ.get("hupserve.generation"), "worker": environ.get("hupserve.worker")}
-    facts["answered_by"] = "worker {worker} (pid {pid}) of generation {generation}".format(**facts)
     if "format=json" in environ.get("QUERY_STRING", "") or "application/json" in environ.get("HTTP_ACCEPT", ""):
         return answer(start_response, "200 OK", json.dumps(facts), "application/json")
     rows = ""
     for worker in facts["workers"]:
         worker["waits_for"] = "\n".join("{client} {request} {age} s".format(**wait) for wait in worker["waits_for"])
-        cells = "".join(f"<td>{html.escape(str(worker[column]))}" for column in COLUMNS)
-        rows += f"\n<tr class={worker['state']}>{cells}"
+        rows += "\n<tr><td>" + "<td>".join(html.escape(str(worker[column])) for column in COLUMNS)
     return answer(start_response, "200 OK", PAGE % {
         **facts, "title": html.escape(greeting or "hupserve"), "hidden": "" if greeting else "hidden",
         "columns": "<th>".join(COLUMNS).replace("_", " "), "rows": rows}, "text/html; charset=utf-8")
@@ -1918,20 +1889,19 @@ def demo_app(global_conf, greeting="hello"):
 
 # ---- Main --------------------------------------------------------------------------------------------
 
-
-def complain(reason, status, version=""):
+def complain(reason, status):
     with contextlib.suppress(OSError):      # nobody reads it
-        print(f"hupserve{version}: {reason}", file=sys.stderr, flush=True)
+        print(f"hupserve: {reason}", file=sys.stderr, flush=True)
     return status
 
 
-def serve(config, checking=False):
-    """Run the master until it is stopped -> exit status: 0 after a clean stop; 2 for a mistake of the operator's;
-    1 if it could not start for another reason, or was stopped by force. checking: only load all of it."""
+def serve(config):
+    """Run the master until it is stopped -> exit status: 0 after a clean stop; 2 for a mistake of the operator's; 1 if
+    it could not start for another reason, or was stopped by force."""
     sys.modules.setdefault("hupserve", sys.modules[__name__])   # or hupserve:demo_app were a second copy
     try:
         use_logs(config, open_logs(config))
-        master = Master(config, checking)
+        master = Master(config)
     except OSError as error:
         return complain(reason_of(error), 1)
     return master.run()
@@ -1953,7 +1923,7 @@ def main(argv=None):
         return complain(error, 2)
     if arguments.check:         # like nginx -t: a worker loads all of it, and nothing is bound
         config = config._replace(listen=(), workers=1, pidfile="", log_file="-", access_log="off")
-    return serve(config, arguments.check)
+    return serve(config)
 
 
 if __name__ == "__main__":
