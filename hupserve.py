@@ -120,7 +120,7 @@ class ConfigError(Exception):
 
 
 def reason_of(error):
-    return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
 def did_you_mean(word, words):
@@ -142,24 +142,24 @@ def addresses(text):
 
 
 def binds_of(word):
-    host, _, port = word.rpartition(":")
     if word.startswith("unix:") and 5 < len(os.fsencode(word)) < 113:
         return ((socket.AF_UNIX, word[5:], -1),)
+    host, _, port = word.rpartition(":")
     with contextlib.suppress(ValueError):
         port = number(port, 0, 65535)
-        if host == "*":
+        if host == "*" and socket.has_dualstack_ipv6():         # without IPv6 it is IPv4 alone
             return (socket.AF_INET, "0.0.0.0", port), (socket.AF_INET6, "::", port)
         if host.startswith("[") and host.endswith("]"):
             return ((socket.AF_INET6, str(ipaddress.IPv6Address(host[1:-1])), port),)
-        return ((socket.AF_INET, "127.0.0.1" if host == "localhost" else str(ipaddress.IPv4Address(host)), port),)
+        host = {"*": "0.0.0.0", "localhost": "127.0.0.1"}.get(host, host)
+        return ((socket.AF_INET, str(ipaddress.IPv4Address(host)), port),)
     raise ValueError(f"{word} is no numeric host:port, localhost:port, [::1]:port, *:port or unix:/path (107 bytes)")
 
 
 def overlap(one, other):
     """Could the two not listen at the same time? (IPv6 listeners are IPv6 only.)"""
-    return one.text == other.text or any(
-        family == family2 and port == port2 != 0 and (host == host2 or {host, host2} & {"0.0.0.0", "::"})
-        for family, host, port in one.binds for family2, host2, port2 in other.binds)
+    return any(family == family2 and port == port2 and (host == host2 or {host, host2} & {"0.0.0.0", "::"})
+               for family, host, port in one.binds for family2, host2, port2 in other.binds)
 
 
 def number(text, low, high):
@@ -186,9 +186,19 @@ def log_path(text, may_be_off=True):
 
 
 def in_folder(text):
-    if not os.path.isdir(os.path.dirname(os.path.abspath(text))):
-        raise ValueError("no such folder")
+    os.stat(os.path.join(os.path.dirname(text), "."))       # OSError: no such folder
     return text
+
+
+def tls_context(certfile, keyfile):
+    """-> ssl.SSLContext or None. The master makes it: it may read a key that its workers cannot."""
+    if not certfile and not keyfile:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(certfile, keyfile or None, lambda: b"")     # never ask on the terminal
+    return context
 
 
 KEYS = {    # of [server:main]: the default, what reads the text (its ValueError is the reason), and its limits
@@ -213,20 +223,23 @@ KEYS = {    # of [server:main]: the default, what reads the text (its ValueError
 }
 
 
-class Config(collections.namedtuple("Config", [*KEYS, "target", "ini", "name", "warnings", "parts", "tls"])):
-    """One reading of a file: every key of KEYS; target, as the command line has it (path, or path#name); the
-    Ini; the application's name; warnings for the log; the application's parts; tls: an SSLContext or None."""
+class Config(collections.namedtuple("Config", [*KEYS, "tls", "warnings", "parts", "ini", "target"])):
+    """One reading of a file: every key of KEYS; an SSLContext or None; warnings for the log; the application's
+    parts (see Ini.parts); the Ini; the target as the command line has it: path, or path#name."""
 
 
 class Ini:
     """The file, parsed once, and what it says. Raises ConfigError, OSError, ValueError or configparser.Error."""
 
-    def __init__(self, path):
+    def __init__(self, path, name):
+        self.path, self.name = path, name       # name: the application's
         full = os.path.abspath(path).replace("%", "%%")
-        self.path, self.parser = path, configparser.ConfigParser({"here": os.path.dirname(full), "__file__": full})
+        self.parser = configparser.ConfigParser({"here": os.path.dirname(full), "__file__": full})
         self.bare = configparser.RawConfigParser(default_section="")     # sections inherit nothing in this one
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
+        if "\0" in text:
+            raise ValueError("NUL, which no path can have")
         for parser in (self.parser, self.bare):
             parser.optionxform = str        # type: ignore[method-assign, assignment]
             parser.read_string(text, path)
@@ -242,35 +255,35 @@ class Ini:
         return {key: self.parser.get(section, key) for key in self.bare[section]}
 
     def server(self):
-        """[server:main] -> the values of KEYS, and warnings: with use = it may have another server's keys, too."""
-        texts, values, warnings = {key: default for key, (default, *_) in KEYS.items()}, {}, []
-        if difflib.get_close_matches("server:main", self.bare, 1, 0.8):     # it can be left out, but not misspelt
-            texts.update(self.own("server:main"))
+        """[server:main] -> Config's fields from it: with use = it may have another server's keys, too."""
+        there = difflib.get_close_matches("server:main", self.bare, 1, 0.8)     # it can be left out, but not misspelt
+        texts = self.own("server:main") if there else {}
         use = texts.pop("use", None)
-        for key, text in texts.items():
-            if key in KEYS:
-                _, read, *limits = KEYS[key]
-                try:
-                    values[key] = read(text, *limits)
-                except (ValueError, OSError) as error:
-                    raise self.wrong("server:main", key, f"{text!r}: {reason_of(error)}") from None
-            elif use is None:
-                raise self.wrong("server:main", key, f"unknown key{did_you_mean(key, KEYS)}")
-            else:
-                warnings.append(f"{self.path}: [server:main] {key}: unknown key, left to {use}")
-        return values, warnings
+        unknown = [key for key in texts if key not in KEYS]
+        if unknown and not use:
+            raise self.wrong("server:main", unknown[0], f"unknown key{did_you_mean(unknown[0], KEYS)}")
+        values: dict = {"warnings": [self.wrong("server:main", key, f"unknown key, left to {use}") for key in unknown]}
+        try:
+            for key, (default, read, *limits) in KEYS.items():
+                text = texts.get(key, default)
+                values[key] = read(text, *limits)
+            key, text = "certfile", (values["certfile"], values["keyfile"])
+            values["tls"] = tls_context(*text)
+        except (ValueError, OSError) as error:
+            raise self.wrong("server:main", key, f"{text!r}: {reason_of(error)}") from None
+        return values
 
-    def parts(self, name):
+    def parts(self):
         """[app:NAME] or [pipeline:NAME] -> [(section, kind, module:attribute, settings)], outermost filter first;
         kind: wsgi, paste.app_factory or paste.filter_factory. None: only PasteDeploy knows what it means."""
-        pipeline, names, parts = f"pipeline:{name}", [name], []
+        pipeline, names, parts = f"pipeline:{self.name}", [self.name], []
         if pipeline in self.bare:
             settings = self.own(pipeline)
             names = settings.pop("pipeline", "").split()
             if not names:
                 raise self.wrong(pipeline, "pipeline", "names no application")
-            if f"app:{name}" in self.bare:
-                raise self.wrong(pipeline, "pipeline", f"[app:{name}] is there, too: which is meant?")
+            if f"app:{self.name}" in self.bare:
+                raise self.wrong(pipeline, "pipeline", f"[app:{self.name}] is there, too: which is meant?")
             if settings or any(":" in part for part in names):
                 return None
         for index, name in enumerate(names, 1):
@@ -282,54 +295,34 @@ class Ini:
             settings = self.own(section)
             if any(re.match("use$|filter-with$|[sg]et |paste[.]", key) and key != factory for key in settings):
                 return None
-            kind = "wsgi" if prefix == "app" and "wsgi" in settings else factory
-            if kind not in settings:
-                other = " (or wsgi = module:attribute)" * (prefix == "app")
-                raise self.wrong(section, kind, f"missing key{did_you_mean(kind, settings)}{other}")
-            target = settings.pop(kind)
+            kind = "wsgi" if prefix == "app" and ("wsgi" in settings or factory not in settings) else factory
+            target = settings.pop(kind, "")
             if not re.fullmatch(r"[\w.]+:[\w.]+", target):
-                raise self.wrong(section, kind, f"{target!r} is not module:attribute")
+                missing = f"missing key{did_you_mean(kind, settings)}"
+                raise self.wrong(section, kind, f"{target!r} is not module:attribute" if target else missing)
             if kind == "wsgi" and settings:
                 raise self.wrong(section, next(iter(settings)), "a setting: wsgi takes none, paste.app_factory does")
             parts.append((section, kind, target, settings))
         return tuple(parts)
-
-    def tls(self, certfile, keyfile):
-        """-> ssl.SSLContext or None. The master makes it: it may read a key that its workers cannot."""
-        if keyfile and not certfile:
-            raise self.wrong("server:main", "keyfile", "needs a certfile")
-        if not certfile:
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(["http/1.1"])
-        try:
-            context.load_cert_chain(certfile, keyfile or None, lambda: b"")     # never ask on the terminal
-        except (OSError, ValueError) as error:
-            raise self.wrong("server:main", "certfile", f"{certfile} {keyfile}: {reason_of(error)}") from None
-        return context
 
 
 def read_config(target):
     """Read and validate 'file.ini' or 'file.ini#name' -> Config. Raises ConfigError."""
     path, _, name = target.partition("#")
     try:
-        ini, name = Ini(path), name or "main"
-        values, warnings = ini.server()
-        parts, tls = ini.parts(name), ini.tls(values["certfile"], values["keyfile"])
+        ini = Ini(path, name or "main")
+        return Config(**ini.server(), parts=ini.parts(), ini=ini, target=target)
     except (OSError, ValueError, configparser.Error) as error:      # the latter's often names the place
         place = f"[{error.section}] {error.option}: " if hasattr(error, "option") else ""
         raise ConfigError(f"{path}: {place}{reason_of(error)}") from None
-    return Config(**values, target=target, ini=ini, name=name, warnings=warnings, parts=parts, tls=tls)
 
 
 def load_application(config):
-    """In a worker -> the WSGI callable. Raises ConfigError for what the operator wrote wrongly and, as they
-    are, the application's own errors."""
+    """In a worker -> the WSGI callable. Raises ConfigError for the operator's mistakes, and the application's own."""
     importlib.invalidate_caches()       # a module may be younger than the import system's idea of its folder
     sys.path.insert(0, os.getcwd())
     if config.parts is None:
-        return load_with_paste(config.ini, config.name)
+        return load_with_paste(config.ini)
     application: Any = None
     for section, kind, target, settings in reversed(config.parts):
         wrong, global_conf = functools.partial(config.ini.wrong, section, kind), config.ini.global_conf
@@ -357,14 +350,14 @@ def load_application(config):
     return application
 
 
-def load_with_paste(ini, name):
+def load_with_paste(ini):
     """What hupserve does not read itself: use = egg:..., config:, composites, filter-with, set."""
     try:
         from paste.deploy import loadapp
     except ImportError:
-        raise ConfigError(f"{ini.path}: {name} is for PasteDeploy to read, which is not installed") from None
+        raise ConfigError(f"{ini.path}: {ini.name} is for PasteDeploy to read, which is not installed") from None
     try:
-        return loadapp(f"config:{urllib.parse.quote(os.path.abspath(ini.path))}", name)
+        return loadapp(f"config:{urllib.parse.quote(os.path.abspath(ini.path))}", ini.name)
     except LookupError as error:
         if type(error) is not LookupError:      # PasteDeploy's own, for a section or entry point it misses
             raise
@@ -393,12 +386,11 @@ def open_logs(config):
 
 
 def use_logs(config, handlers):
-    formats = "%(asctime)s [%(process)d] %(levelname)s %(message)s", "%(message)s"
-    for logger, threshold, handler, form in zip((log, access_log), (config.log_level, "INFO"), handlers, formats):
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s [%(process)d] %(levelname)s %(message)s"))
+    for logger, threshold, handler in zip((log, access_log), (config.log_level, "INFO"), handlers):
         for old in logger.handlers:
             with contextlib.suppress(OSError):      # on a full disk, what could not be written is still there
                 old.close()
-        handler.setFormatter(logging.Formatter(form))
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(threshold)
 
@@ -419,47 +411,32 @@ def open_listener(address, adopted):
     listeners: list = []
     try:
         for family, host, port in address.binds:
-            both = address.text[0] == "*" and adopted.get((socket.AF_INET6, "::", port))    # perhaps of both families
             if (family, host, port) in adopted:
                 listeners.append(adopted[family, host, port].dup())
-            elif not both or both.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-                listeners.append(bind(family, host, port or (listeners[0].getsockname()[1] if listeners else 0)))
-    except OSError as error:
-        if not listeners or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-            close_listeners(listeners)
-            raise               # *:port on a machine without IPv6 is IPv4 alone
+            else:
+                listeners.append(Listener(family))
+                bind(listeners[-1], host, port or listeners[0].getsockname()[1])    # *:0 is one port for both
+    except OSError:
+        close_listeners(listeners)
+        raise
     return listeners
 
 
-def bind(family, host, port):
-    listener = Listener(family, socket.SOCK_STREAM)
-    try:
-        listener.setblocking(False)
-        if family == socket.AF_UNIX:
-            remove_stale(host)
-            listener.bind(host)
-            listener.file = host, os.stat(host)
-        else:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit it
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind((host, port))
-        return listener
-    except BaseException:
-        listener.close()
-        raise
-
-
-def remove_stale(path):
-    """The file of a socket that nobody listens on is a dead server's. Any other is not ours to remove."""
-    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise OSError(errno.EEXIST, "is there already, and is no socket")
-        probe.setblocking(False)
-        if probe.connect_ex(path) != errno.ECONNREFUSED:        # EAGAIN, too, is a living server's
-            raise OSError(errno.EADDRINUSE, "another server listens there")
-        os.unlink(path)
+def bind(listener, host, port):
+    listener.setblocking(False)
+    if listener.family == socket.AF_UNIX:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)        # the queue of a living server may be full
+            if probe.connect_ex(host) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(host).st_mode):
+                os.unlink(host)             # a dead server's; on any other file, bind() fails
+        listener.bind(host)
+        listener.file = host, os.stat(host)
+    else:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit it
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((host, port))
 
 
 def close_listeners(listeners):
@@ -480,15 +457,17 @@ def adopt():
         listener.set_inheritable(False)
         listener.setblocking(False)
         name = listener.getsockname()
-        adopted[(listener.family, *(name[:2] if isinstance(name, tuple) else (name, -1)))] = listener
+        host, port = name[:2] if isinstance(name, tuple) else (name, -1)
+        adopted[listener.family, host, port] = listener
+        if host == "::" and not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            adopted[socket.AF_INET, "0.0.0.0", port] = listener         # it is of both families
     return adopted
 
 
 def turn_away(listener):
-    """Let a listener that is about to be closed take no new client; its queue stays.
-
-    Between the accept() that finds the queue empty and the close(), which resets whoever is queued, one more
-    could come. With a filter that drops everything its SYN is ignored: it asks again, after the close."""
+    """Let a listener that is about to be closed take no new client; its queue stays. Between the accept() that finds
+    the queue empty and the close(), which resets whoever is queued, one more could come. With a filter that drops
+    everything its SYN is ignored: it asks again, after the close."""
     if sys.platform == "linux" and listener.family != socket.AF_UNIX:
         drop_all, so_attach_filter = array.array("H", (6, 0, 0, 0)), 26         # BPF: return 0
         listener.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("@HP", 1, drop_all.buffer_info()[0]))
