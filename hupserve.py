@@ -197,7 +197,10 @@ def tls_context(certfile, keyfile):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(certfile, keyfile or None, lambda: b"")     # never ask on the terminal
+    try:
+        context.load_cert_chain(certfile, keyfile or None, lambda: b"")     # never ask on the terminal
+    except OSError as error:        # of either, and it does not say of which
+        raise ValueError(f"with keyfile {keyfile!r}: {reason_of(error)}") from None
     return context
 
 
@@ -267,8 +270,8 @@ class Ini:
             for key, (default, read, *limits) in KEYS.items():
                 text = texts.get(key, default)
                 values[key] = read(text, *limits)
-            key, text = "certfile", (values["certfile"], values["keyfile"])
-            values["tls"] = tls_context(*text)
+            key, text = "certfile", values["certfile"]
+            values["tls"] = tls_context(text, values["keyfile"])
         except (ValueError, OSError) as error:
             raise self.wrong("server:main", key, f"{text!r}: {reason_of(error)}") from None
         return values
@@ -381,8 +384,8 @@ class LogFile(logging.handlers.WatchedFileHandler):
 
 def open_logs(config):
     """-> the handlers of the log and of the access log. Raises OSError."""
-    return [logging.NullHandler() if path == "off" else logging.StreamHandler() if path == "-" else LogFile(path)
-            for path in (config.log_file, config.access_log)]
+    return [logging.NullHandler() if path == "off" else logging.StreamHandler() if path == "-"
+            else LogFile(path, errors="backslashreplace") for path in (config.log_file, config.access_log)]
 
 
 def use_logs(config, handlers):
@@ -631,6 +634,7 @@ def parse_fields(block, http11):
     request to request. Trailers are read as HTTP/1.0's fields, which need no Host. Raises Refusal."""
     environ = collect(block)
     length, chunked = environ.get("CONTENT_LENGTH", "0"), "HTTP_TRANSFER_ENCODING" in environ
+    codings = [coding.strip(" \t") for coding in environ.get("HTTP_TRANSFER_ENCODING", "none").lower().split(",")]
     expect = environ.get("HTTP_EXPECT", "").lower() if http11 else ""
     for wrong, status, reason in (
             (http11 and "HTTP_HOST" not in environ, 400, "no Host"),
@@ -638,7 +642,8 @@ def parse_fields(block, http11):
             (not LENGTH.fullmatch(length), 400, "invalid Content-Length"),
             (chunked and "CONTENT_LENGTH" in environ, 400, "both Content-Length and Transfer-Encoding"),
             (chunked and not http11, 400, "Transfer-Encoding in HTTP/1.0 or in trailers"),
-            (chunked and environ["HTTP_TRANSFER_ENCODING"].lower() != "chunked", 501, "unknown transfer coding"),
+            (codings.count("chunked") > 1 or "" in codings, 400, "invalid Transfer-Encoding"),
+            (chunked and codings != ["chunked"], 501, "unknown transfer coding"),
             (expect not in ("", "100-continue"), 417, "unknown expectation")):
         if wrong:
             raise Refusal(status, reason)
@@ -654,7 +659,7 @@ def parse_head(line, block, base, max_body):
         raise Refusal(400, "malformed request line")
     method, target, major, minor = match.groups()
     if major != "1":
-        raise Refusal(505, f"HTTP/{major}.{minor} is not spoken here")
+        raise Refusal(400 if major == "0" else 505, f"HTTP/{major}.{minor} is not spoken here")
     if method == "CONNECT":
         raise Refusal(501, "this is no proxy")
     absolute = None if target[0] == "/" else ABSOLUTE.fullmatch(target)
@@ -666,8 +671,9 @@ def parse_head(line, block, base, max_body):
     host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
     path, _, query = target.partition("?")
     path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")
-    return Request({**base, **fields.environ, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
-                    "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if fields.http11 else "HTTP/1.0"}, *fields[1:])
+    environ = {**base, **fields.environ, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
+               "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if fields.http11 else "HTTP/1.0"}
+    return Request(environ, *fields[1:])
 
 
 class Connection:
@@ -1693,8 +1699,8 @@ class Master:
             if listener.family != socket.AF_UNIX:
                 text = f"http{'s' * bool(config.tls)}://{text.rpartition(':')[0]}:{listener.getsockname()[1]}"
             places.append(text)
-        complain(f"{__version__} serves {config.target} on {' '.join(places)} with {workers}; to reload it: "
-                 f"kill -HUP {os.getpid()}", 0)
+        complain(f"serving {config.target} on {' '.join(places)} with {workers}; "
+                 f"to reload it: kill -HUP {os.getpid()}", 0)
 
     # Spawn
 
@@ -1809,7 +1815,7 @@ def has_terminal():
 
 COLUMNS = ("generation", "worker", "pid", "state", "idle", "reading", "in_flight", "served", "waits_for")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</title>
-<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="1">
+<meta name="viewport" content="width=device-width">
 <style>
 :root { color-scheme: light dark; font: 1rem/1.5 system-ui }
 body { max-width: 60rem; margin: auto; padding: 1rem }
@@ -1817,9 +1823,17 @@ table { border-collapse: collapse; width: 100%%; font-size: clamp(.6rem, 2vw, 1r
 th, td { padding: .3em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top }
 td { white-space: pre-line; overflow-wrap: anywhere }
 </style>
-<h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
-<table><tr><th>%(columns)s%(rows)s</table>
-<p><button onclick="fetch('slow?seconds=20', {keepalive: true})" %(hidden)s>Hold a request in flight for 20 s</button>
+<main><h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
+<table><tr><th>%(columns)s%(rows)s</table></main>
+<p><button onclick="fetch('slow?seconds=20')" %(hidden)s>Hold a request in flight for 20 s</button>
+<script>
+setInterval(async () => {
+  try {
+    const page = await (await fetch("", {cache: "no-store"})).text()
+    document.querySelector("main").innerHTML = page.split(/<main>|<.main>/)[1]
+  } catch { document.querySelector("p").textContent = "Nobody answers." }
+}, 500)
+</script>
 """
 
 

@@ -914,8 +914,9 @@ def test_6_a_TERM_is_heard_in_a_flood_of_HUPs(serve):
 
 
 def test_6_HUPs_during_a_reload_are_remembered_once(serve):
-    """Guards: a flag is not a queue."""
+    """Guards: a flag is not a queue; and it is looked at when a reload ends, not when something else wakes the master."""
     server = serve(workers=1)
+    server.hold("held")  # the old worker stays
     server.write_app(GATE + APPLICATION)
     server.release("gate")
     server.signal()
@@ -926,6 +927,7 @@ def test_6_HUPs_during_a_reload_are_remembered_once(serve):
     server.wait_log("generation 3 serves")
     time.sleep(1)  # for a queue to show
     assert server.reload() == 4 and len(server.log("imports").split()) == 4
+    server.release("held")
 
 
 def test_7_a_worker_that_still_loads_dies_of_TERM_at_once(serve):
@@ -1260,8 +1262,8 @@ def test_reload_changes_log_file_and_log_level(serve):
     server = serve()
     server.write(log_level="warning", log_file="other.log")
     server.signal()
-    until(lambda: server.get().json["hupserve.generation"] == 2)
-    os.kill(min(server.workers()), SIGKILL)
+    new = until(lambda: (seen := server.get().json)["hupserve.generation"] == 2 and seen)
+    os.kill(new["pid"], SIGKILL)
     server.wait_log("replaced", file="other.log")
     assert "generation" not in server.log("other.log"), "no INFO lines at this level"
     server.write(log_level="debug", log_file="third.log")
