@@ -1038,34 +1038,36 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.sleeping: list = []                            # for each thread with nothing to do, what wakes it
         self.now = time.monotonic()
         self.selector = selectors.DefaultSelector()         # with what is to be called
-        self.selector.register(bell, selectors.EVENT_READ, self.obey)
+        self.selector.register(bell, selectors.EVENT_READ)
         self.selector.register(line, selectors.EVENT_READ, self.hear)
         os.register_at_fork(after_in_child=self.disown)
 
     def run(self):
         """Until there is nothing left to drain. Each step does what is due, and only wait() waits."""
         while self.life != Life.DRAINING or self.listeners or self.count and self.now < self.give_up_at:
-            self.wait()
-            self.take_back()
+            events = self.wait()
+            self.obey()         # first: nothing is begun after an order; and the bell is silent before take_back()
+            self.take_back()    # before what has come is read: who has been answered does not speak early
+            for key, _ in events:
+                if key.data:
+                    key.data()
             self.expire()
             self.resume_accepting()
             self.dispatch()
             self.report()
 
     def wait(self):
-        """Until there is an event, something is due or a thread rings. While the thread that was woken for all the
+        """Until something comes, is due or a thread rings -> selector events. While the thread that was woken for all the
         jobs runs, this one keeps out of its way: the two would take turns at every system call. But it may be stuck
         in one of them, so that after a millisecond it is time to wake another."""
         if self.jobs:
             ready(self.bell, select.POLLIN, 0.001)
         due = [when for when in (self.accept_at, self.report_at, self.explain_at, self.give_up_at) if when > self.now]
         due += [next(iter(room)).deadline for room in self.rooms if room]
-        events = self.selector.select(0 if self.jobs else min(min(due) - time.monotonic(), 3600))
+        events = self.selector.select(0 if self.jobs or self.returned else min(min(due) - time.monotonic(), 3600))
         self.now = time.monotonic()
         self.report_at = min(self.report_at, self.now + 0.02)
-        self.take_back()        # first: who has been answered does not speak early
-        for key, _ in events:
-            key.data()
+        return events
 
     def report(self):
         """Fill in this worker's slot of the scoreboard, soon after a change and at most fifty times a second."""

@@ -250,7 +250,7 @@ class Server:
 
     def reload(self, refused=None, **changes):
         """Change the ini, send SIGHUP, wait until a newer generation serves: its number. Or for a line like this."""
-        since = len(self.log())
+        since, old = len(self.log()), self.workers()
         if changes:
             self.write(**changes)
         self.signal(SIGHUP)
@@ -259,6 +259,7 @@ class Server:
         self.generation = max(until(lambda: [
             number for number in map(int, re.findall(r"generation (\d+) serves", self.log()[since:]))
             if number > self.generation], "a newer generation"))
+        until(lambda: not any(map(ports_of, old)), "the old workers to have heard of it")
         return self.generation
 
     def others(self):
@@ -2095,7 +2096,7 @@ def test_slow_but_steady_is_no_reason_to_end(serve):
 
 
 def test_slow_the_longest_idle_connection_makes_room(serve):
-    server = serve(workers=1, connections=5)
+    server = serve(workers=1, threads=1, connections=5)  # of two threads the second may be back before the first
     clients = [server.connect() for _ in range(5)]
     for client in clients:
         client.get()
