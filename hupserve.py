@@ -5,8 +5,8 @@
     kill -HUP <pid of the master>           reload: new workers, new code, new settings
 
 It promises that between its first answer and its stop no client is refused or reset, and that no request which has
-begun to arrive goes without an answer: whatever is reloaded, and also if that turns out wrong. It leaves to others:
-HTTP/2, websockets, async applications, privileges, static files at scale.
+begun to arrive goes without an answer (unless drain_timeout is set): whatever is reloaded, and also if that turns out
+wrong. It leaves to others: HTTP/2, websockets, async applications, privileges, static files at scale.
 
     operator --signals--> MASTER    owns the listeners, starts and counts the workers; runs no
                           |    ^    application code and no thread, so it can fork for years
@@ -80,14 +80,16 @@ access_log = logging.getLogger("hupserve.access")
 # ---- Words: the states, each listed once, and who moves what on which event ------------------------
 
 class State(enum.IntEnum):
-    """Where a connection is. Only the worker's main thread moves one (Worker.move)."""
-    NEW = 0         # no byte of a first request has come (nor all of a TLS handshake)  -> READING
-    IDLE = 1        # kept alive, no byte of a next request has arrived  -> READING
-    READING = 2     # a head has begun to arrive                         -> RECEIVING, WAITING
-    RECEIVING = 3   # its short, announced body has begun to arrive      -> WAITING
-    WAITING = 4     # complete, until a thread is free                   -> IN_FLIGHT
-    IN_FLIGHT = 5   # with a thread                                      -> IDLE, READING, CLOSING
-    CLOSING = 6     # our side is shut down, input is discarded          -> closed
+    """Where a connection is, in order. The worker's main thread alone moves it (Worker.move): when something comes, as
+    far as that allows, up to WAITING; to IN_FLIGHT when a thread is free; when it is back to IDLE, or on, if more has
+    come; to CLOSING when a request is refused, or the last one answered; and from all but the threads to its end."""
+    NEW = 0         # nothing of a first request has come (nor all of a TLS handshake)
+    IDLE = 1        # kept alive, and nothing of a next request has come
+    READING = 2     # a part of a head has come
+    RECEIVING = 3   # the head, but not all of its short, announced body
+    WAITING = 4     # all that is read beforehand, and no thread is free
+    IN_FLIGHT = 5   # handed to the threads, and not back yet
+    CLOSING = 6     # our side is shut down, input is discarded
 
 
 class Life(enum.IntEnum):
@@ -101,7 +103,7 @@ class Life(enum.IntEnum):
 
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
-LOADING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)    # a worker's, before TERM and QUIT
+LOADING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)    # what a worker outlives while it loads
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FOREVER = float("inf")
@@ -412,16 +414,15 @@ def open_listener(address, adopted):
     """-> the Listeners of an Address, bound or adopted. They do not listen before the commit, so that
     nobody is queued on them and a roll-back resets nobody. Raises OSError."""
     listeners: list = []
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(close_listeners, listeners)
         for family, host, port in address.binds:
             if (family, host, port) in adopted:
                 listeners.append(adopted[family, host, port].dup())
             else:
                 listeners.append(Listener(family))
                 bind(listeners[-1], host, port or listeners[0].getsockname()[1])    # *:0 is one port for both
-    except OSError:
-        close_listeners(listeners)
-        raise
+        undo.pop_all()
     return listeners
 
 
@@ -495,12 +496,12 @@ class Bell:
         self.reader, self.writer = io.FileIO(reader, "r"), io.FileIO(writer, "w")
         for end in reader, writer:
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)     # a worker inherits one: the master's
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)     # in a worker, instead of the master's
         self.fileno = self.reader.fileno
 
     def hang(self, signals):
         for signum in signals:
-            signal.signal(signum, lambda signum, frame: self.rung.append(signum))
+            signal.signal(signum, lambda came, frame: self.rung.append(came))
 
     def ring(self):
         self.writer.write(b"!")     # None, if the pipe is full: it wakes anyway
@@ -569,7 +570,7 @@ MAX_LINE = 8192             # bytes of a request line (414), and of a chunk's si
 MAX_HEAD = 65536            # bytes of a head, and of trailers (431)
 MAX_FIELDS = 100            # of a head (431)
 SMALL_BODY = 65536          # bytes: an announced body up to this is read before a thread is taken
-SKIPPABLE = 262144          # bytes of an unread body that are skipped to keep the connection
+SKIPPABLE = 262144          # bytes of an unread body that are skipped, if they have arrived, to keep the connection
 PIECE = 65536               # bytes read at once
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -581,7 +582,7 @@ DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")         # in a head: NUL, ba
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?")
 STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
 LENGTH = re.compile("[0-9]{1,18}")
-FileWrapper = wsgiref.util.FileWrapper      # wsgi.file_wrapper
+FORGED = re.compile("[\r\n\0]")
 
 
 class Refusal(OSError):
@@ -613,7 +614,7 @@ def collect(block):
     lines = block.decode("latin-1").split("\r\n")[:-1]
     if len(lines) > MAX_FIELDS:
         raise Refusal(431, f"more than {MAX_FIELDS} header fields")
-    environ: dict = {"wsgi.input_terminated": True}     # Flask asks, before it reads a body without a length
+    environ: dict = {}
     for match in map(FIELD.fullmatch, lines):
         if not match:
             raise Refusal(400, "malformed header field")
@@ -688,7 +689,7 @@ class Connection:
     body = b""                  # its body, where that was short enough to be read beforehand
     line = ""                   # its request line
     keep = False                # the exchange's decision
-    more = True                 # after a close, something may still come
+    linger = True               # something may still come, if it is closed
 
     def __init__(self, sock, client, base, tls):
         # client: its address, for the logs; base: the environ of its requests to be
@@ -738,14 +739,13 @@ class Connection:
 
     def send(self, data, seconds):
         """All of the bytes. Raises Refusal where the client is gone, or takes nothing for so many seconds."""
-        try:
-            while data:
-                try:
-                    data = memoryview(data)[self.sock.send(data):]
-                except WOULD_BLOCK:
-                    self.wait(select.POLLOUT, seconds)
-        except OSError as error:
-            raise Refusal(408, f"client gone: {reason_of(error)}") from None
+        while data:
+            try:
+                data = memoryview(data)[self.sock.send(data):]
+            except WOULD_BLOCK:
+                self.wait(select.POLLOUT, seconds)
+            except OSError as error:
+                raise Refusal(408, f"client gone: {reason_of(error)}") from None
 
 
 class Body(io.RawIOBase):
@@ -840,7 +840,7 @@ def field_name(name):
     """A response header's name -> lower-case, and whether it is hop-by-hop. ValueError: it is no token."""
     if not re.fullmatch(TOKEN, name):
         raise ValueError(f"{name!r} is no header name")
-    return name.lower(), wsgiref.util.is_hop_by_hop(name) or name.lower() == "trailer"      # there it has an s
+    return name.lower(), wsgiref.util.is_hop_by_hop(name) or name.lower() == "trailer"      # wsgiref: trailers
 
 
 @functools.lru_cache(maxsize=2)
@@ -870,13 +870,13 @@ class Exchange(socketserver.BaseRequestHandler):
         except BaseException:           # sys.exit() in a request is the application's error, too
             log.exception("%s: %s", connection.client, escaped(connection.line))
             self.fail(Refusal(500, "the application failed"))
-        connection.keep, connection.more = self.keep, request.keep or bool(self.body and not self.body.arrived())
+        connection.keep, connection.linger = self.keep, request.keep or bool(self.body and not self.body.arrived())
         if self.server.config.access_log != "off":
-            log_access(connection, (self.status or "-")[:3], self.sent, environ)
+            log_access(connection, self.status[:3], self.sent, environ)
 
     def respond(self, result):
         try:
-            if not (isinstance(result, FileWrapper) and self.send_file(result.filelike)):
+            if not (isinstance(result, wsgiref.util.FileWrapper) and self.send_file(result.filelike)):
                 whole = isinstance(result, (list, tuple)) and len(result) == 1
                 for data in filter(None, result):
                     self.write(data, whole)
@@ -913,18 +913,16 @@ class Exchange(socketserver.BaseRequestHandler):
                 lines.append(f"{name}: {value}")
                 ours.pop(lower, None)
         lines += ours.values()
-        # CR and LF are in the joints and nowhere else, or a value could add a header, or a response.
-        head = "\r\n".join(lines)
-        if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1 or "\0" in head:
+        if FORGED.search("".join(lines)):       # a value could add a header, or a response
             raise ValueError(f"CR, LF or NUL in a response header: {headers!r}")
-        self.status, self.lines = status, head.encode("latin-1")
+        self.status, self.begin = status, "\r\n".join(lines).encode("latin-1")
         return self.write
 
     def head(self, length):
         """-> the head, having decided how the body, of length bytes or None, is framed (RFC 9112 section 6.3)."""
         if self.status is None:
             raise AssertionError("start_response was not called")
-        connection, http11, head = self.request, self.request.request.http11, self.lines
+        connection, http11, head = self.request, self.request.request.http11, self.begin
         no_length = self.status[0] == "1" or self.status[:3] == "204"
         no_body = no_length or self.status[:3] == "304" or connection.line.startswith("HEAD ")
         if self.left is None and not no_body:
@@ -995,7 +993,7 @@ class Exchange(socketserver.BaseRequestHandler):
 
 
 def log_access(connection, status, sent, environ):
-    """A line in the combined format, plus the seconds since the request was handed to a thread."""
+    """A line in the combined format, plus the seconds in this state: those with a thread, if it was not refused."""
     access_log.info('%s - - [%s] "%s" %s %d "%s" "%s" %.6f', connection.client,
                     time.strftime("%d/%b/%Y:%H:%M:%S %z"), escaped(connection.line), status, sent,
                     escaped(environ.get("HTTP_REFERER", "-")), escaped(environ.get("HTTP_USER_AGENT", "-")),
@@ -1012,9 +1010,9 @@ def escaped(text):
 class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     """A server whose socketserver "request" is a connection with a complete request on it.
 
-    Its main thread alone registers, unregisters and closes sockets: were a thread to close one, the number could be
+    Its main thread alone registers, unregisters and closes sockets: were a thread to close one, its descriptor could be
     another connection's before the selector hears of it. It alone writes the in-flight counter: one more when it hands
-    a connection to a thread, one less when it has it back. No request is ever with nobody and not counted."""
+    a connection to the threads, one less when it has it back."""
 
     application: Any = None             # once it is loaded
     life = Life.BOOTING
@@ -1023,6 +1021,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     count = served = threads = 0        # connections open, requests answered, threads started
     accept_at = report_at = 0.0         # not before these times
     give_up_at = explain_at = FOREVER   # of a drain
+    facts: dict = {}                    # as last reported
 
     def __init__(self, generation, number, slot, line, bell):
         super().__init__(None, Exchange)
@@ -1037,7 +1036,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.returned: collections.deque = collections.deque()      # handed back by them
         self.sleeping: list = []                            # for each thread with nothing to do, what wakes it
         self.now = time.monotonic()
-        self.selector = selectors.DefaultSelector()         # with what is to be called
+        self.selector = selectors.DefaultSelector()         # key.data: what is to be called
         self.selector.register(bell, selectors.EVENT_READ)
         self.selector.register(line, selectors.EVENT_READ, self.hear)
         os.register_at_fork(after_in_child=self.disown)
@@ -1057,31 +1056,32 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.report()
 
     def wait(self):
-        """Until something comes, is due or a thread rings -> selector events. While the thread that was woken for all the
-        jobs runs, this one keeps out of its way: the two would take turns at every system call. But it may be stuck
-        in one of them, so that after a millisecond it is time to wake another."""
+        """Until something comes, is due or a thread rings -> selector events. While there are jobs it keeps out of the
+        way of the thread that was woken for them all: the two would take turns at every system call. After a
+        millisecond dispatch() wakes another: that one may be stuck, or it went to sleep just as they came."""
         if self.jobs:
             ready(self.bell, select.POLLIN, 0.001)
         due = [when for when in (self.accept_at, self.report_at, self.explain_at, self.give_up_at) if when > self.now]
         due += [next(iter(room)).deadline for room in self.rooms if room]
+        # Jobs first: a thread that sees some does not ring, and what it has handed back is seen here.
         events = self.selector.select(0 if self.jobs or self.returned else min(min(due) - time.monotonic(), 3600))
         self.now = time.monotonic()
-        self.report_at = min(self.report_at, self.now + 0.02)
         return events
 
     def report(self):
-        """Fill in this worker's slot of the scoreboard, soon after a change and at most fifty times a second."""
+        """Fill in this worker's slot of the scoreboard, if it has changed, and at most fifty times a second."""
         if self.now < self.report_at:
             return
-        self.report_at = FOREVER
         idle = len(self.rooms[State.NEW]) + len(self.rooms[State.IDLE])
         waits_for = [{"client": connection.client, "request": without_query(connection.line)[:60],
                       "since": connection.since} for connection in list(self.rooms[State.IN_FLIGHT])[:8]
                      if self.life == Life.DRAINING]
-        scoreboard.write(self.slot, {
-            "pid": os.getpid(), "worker": self.number, "generation": self.generation.number,
-            "state": self.life.name.lower(), "idle": idle, "reading": self.count - idle - self.in_flight,
-            "in_flight": self.in_flight, "served": self.served, "waits_for": waits_for})
+        facts = {"pid": os.getpid(), "worker": self.number, "generation": self.generation.number,
+                 "state": self.life.name.lower(), "idle": idle, "reading": self.count - idle - self.in_flight,
+                 "in_flight": self.in_flight, "served": self.served, "waits_for": waits_for}
+        if facts != self.facts:
+            self.facts, self.report_at = facts, self.now + 0.02
+            scoreboard.write(self.slot, facts)
 
     # Orders
 
@@ -1109,16 +1109,16 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def drain(self, dropped, grace):
         """Accept no more, finish what has begun. dropped: addresses that nobody takes over; whoever is queued there has
-        been let in by the kernel, and the close would reset him. grace: for the idle; later orders shorten it."""
-        served = self.life >= Life.SERVING      # if not, the master may never have listened
+        been let in by the kernel, and the close would reset him. grace: for the idle; a later order can shorten it."""
+        listened = self.life >= Life.SERVING        # if not, perhaps the master never did
         self.life = Life.DRAINING
         if self.explain_at == FOREVER:      # the first order
             self.explain_at = self.now + DRAIN_REPORT
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
         self.stop_accepting()
-        self.patience, self.keepalive = min(self.patience, grace), grace
+        self.patience, self.keepalive = min(self.patience, grace), min(self.keepalive, grace)
         for listener, (text, _) in self.listeners.items():
-            if served and text in dropped:
+            if listened and text in dropped:
                 turn_away(listener)
                 while self.admit(listener):
                     pass
@@ -1130,7 +1130,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     # Accept
 
     def may_accept(self):
-        """With no free thread the other workers get the newcomers; at the limit the longest idle goes."""
+        """Is a thread free (if not, others get the newcomers), and a place, or somebody idle who makes one?"""
         return self.in_flight < self.config.threads and (
             self.count < self.config.connections or self.rooms[State.NEW] or self.rooms[State.IDLE])
 
@@ -1143,8 +1143,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 return
 
     def resume_accepting(self):
-        """As soon as a thread is free, and before a waiting request gets it: or the clients that are connected already
-        could keep all threads to themselves."""
+        """As soon as a thread is free, before dispatch() takes it: or the clients that are connected already could keep
+        the newcomers out."""
         if self.life == Life.SERVING and not self.accepting and self.now >= self.accept_at and self.may_accept():
             self.accepting = True
             for listener in self.listeners:
@@ -1198,7 +1198,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         return {"SERVER_NAME": host, "SERVER_PORT": str(port), "SERVER_SOFTWARE": f"hupserve/{__version__}",
                 "SCRIPT_NAME": "", "GATEWAY_INTERFACE": "CGI/1.1", "wsgi.version": (1, 0),
                 "wsgi.url_scheme": "https" if tls else "http", "wsgi.multithread": True, "wsgi.multiprocess": True,
-                "wsgi.run_once": False, "wsgi.errors": ErrorsToLog(), "wsgi.file_wrapper": FileWrapper,
+                "wsgi.run_once": False, "wsgi.errors": ErrorsToLog(), "wsgi.file_wrapper": wsgiref.util.FileWrapper,
+                "wsgi.input_terminated": True,      # Flask asks, before it reads a body without a length
                 "hupserve.generation": self.generation.number, "hupserve.worker": self.number}
 
     # Move, and read
@@ -1225,8 +1226,9 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         if connection not in self.rooms[connection.state]:
             return      # closed on account of an earlier event of the same round
         if connection.state in (State.WAITING, State.IN_FLIGHT):
-            connection.registered = False       # It speaks early. Most clients await their answer, and to leave them
-            self.selector.unregister(connection.sock)       # registered until then saves two system calls a request.
+            # Only now: most clients await their answer, and to leave them registered saves two system calls a request.
+            connection.registered = False
+            self.selector.unregister(connection.sock)
             return
         came = self.receive(connection)
         if came is None:
@@ -1267,11 +1269,10 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def refuse(self, connection, refusal):
         log.debug("%s: %s: %s", connection.client, escaped(connection.line), refusal.reason)
-        response = refusal.response(connection.line)
         with contextlib.suppress(OSError):      # a few hundred bytes into an empty buffer: no waiting
-            connection.sock.send(response)
+            connection.sock.send(refusal.response(connection.line))
         if self.config.access_log != "off":
-            log_access(connection, refusal.status.value, len(response), {})
+            log_access(connection, refusal.status.value, 0, {})
         self.close(connection, linger=True)
 
     # Dispatch, and take back
@@ -1294,7 +1295,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def process_request(self, request, client_address):
         """ThreadingMixIn would start a thread for each, which costs more than most requests do."""
-        request.keep, request.more = False, True
+        request.keep, request.linger = False, True
         self.jobs.append(request)
 
     def work(self):
@@ -1308,7 +1309,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.sleeping.append(gate)
                 gate.acquire()
             else:
-                self.process_request_thread(connection, connection.client)
+                self.process_request_thread(connection, connection.client)  # Exchange.handle(), shutdown_request()
 
     def shutdown_request(self, request):
         """In a thread: the connection goes back. While there are jobs, this thread goes on with the next, and the main
@@ -1325,7 +1326,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.served += 1
             if not connection.keep:     # at once, if the client wants to go as well and has sent nothing more
                 came = bool(connection.buffer) or self.receive(connection)
-                self.close(connection, linger=connection.more if came is None else came)
+                self.close(connection, linger=connection.linger if came is None else came)
             elif connection.buffer:
                 self.advance(connection)
             else:
@@ -1412,9 +1413,6 @@ class ErrorsToLog(io.TextIOBase):
         if text.strip():
             log.error("%s", text.rstrip())
         return len(text)
-
-    def writelines(self, lines):
-        self.write("".join(lines))
 
 
 def run_worker(generation, number, slot, line):
@@ -1514,7 +1512,7 @@ class Master:
     fork_at = 0.0               # not before this time: there was no more to give
 
     def __init__(self, config):
-        self.status = 0 if config.listen else 2     # to exit with; without an address (--check) there is only a trial
+        self.status = 0 if config.listen else 2     # to exit with; --check (no address): 2 until it has succeeded
         self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
         # Under nohup, which ignores SIGHUP, the end of the terminal is no reason to stop.
         self.terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
@@ -1530,7 +1528,7 @@ class Master:
         while self.children or not self.stops:
             self.wait()
             for child in self.children.values():
-                child.hear()    # before obey(): see tend()
+                child.hear()    # before obey(): a signal to the whole group is to be our order, not their wish
             self.obey()         # before reap(): the bell is silenced first, so that a death after this rings it anew
             self.reap()
             self.advance()
@@ -1665,7 +1663,7 @@ class Master:
         if self.current.number:
             self.conclude(logging.ERROR, f"reload rolled back: {reason}")
         else:
-            self.stops, self.status = 1, complain(reason, max(status, self.status))
+            self.stops, self.status = 1, tell(reason, max(status, self.status))
 
     def dismiss(self, generation, heir):
         """Close what only this generation has, then tell its workers, who are the last to have it."""
@@ -1701,7 +1699,7 @@ class Master:
             if listener.family != socket.AF_UNIX:
                 text = f"http{'s' * bool(config.tls)}://{text.rpartition(':')[0]}:{listener.getsockname()[1]}"
             places.append(text)
-        complain(f"serving {config.target} on {' '.join(places)} with {workers}; "
+        tell(f"serving {config.target} on {' '.join(places)} with {workers}; "
                  f"to reload it: kill -HUP {os.getpid()}", 0)
 
     # Spawn
@@ -1719,7 +1717,6 @@ class Master:
                     child.line.say("go")
                     child.life = Life.SERVING
                 elif child.life == Life.SERVING and "leaving" in child.said:
-                    # After obey(): if the signal went to the whole group, the queues have to be emptied, too.
                     child.vacate(self.now)
                     self.order(child)
                     self.alarm = self.now
@@ -1884,7 +1881,7 @@ def demo_app(global_conf, greeting="hello"):
 
 # ---- Main --------------------------------------------------------------------------------------------
 
-def complain(reason, status):
+def tell(reason, status):
     with contextlib.suppress(OSError):      # nobody reads it
         print(f"hupserve: {reason}", file=sys.stderr, flush=True)
     return status
@@ -1898,7 +1895,7 @@ def serve(config):
         use_logs(config, open_logs(config))
         master = Master(config)
     except OSError as error:
-        return complain(reason_of(error), 1)
+        return tell(reason_of(error), 1)
     return master.run()
 
 
@@ -1915,7 +1912,7 @@ def main(argv=None):
     try:
         config = read_config(arguments.config)
     except ConfigError as error:
-        return complain(error, 2)
+        return tell(error, 2)
     if arguments.check:         # like nginx -t: a worker loads all of it, and nothing is bound
         config = config._replace(listen=(), workers=1, pidfile="", log_file="-", access_log="off")
     return serve(config)
