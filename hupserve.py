@@ -1820,17 +1820,15 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</
 body { max-width: 60rem; margin: auto; padding: 1rem }
 table { border-collapse: collapse; width: 100%%; font-size: clamp(.6rem, 2vw, 1rem) }
 th, td { padding: .3em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top }
-td { white-space: pre-line; overflow-wrap: anywhere }
+td:last-child { white-space: pre-line; overflow-wrap: anywhere }
 </style>
 <main><h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
 <table><tr><th>%(columns)s%(rows)s</table></main>
 <p><button onclick="fetch('slow?seconds=20')" %(hidden)s>Hold a request in flight for 20 s</button>
 <script>
 setInterval(async () => {
-  try {
-    const page = await (await fetch("", {cache: "no-store"})).text()
-    document.querySelector("main").innerHTML = page.split(/<main>|<.main>/)[1]
-  } catch { document.querySelector("p").textContent = "Nobody answers." }
+  const page = await fetch("", {cache: "no-store"}).then(response => response.text()).catch(() => "")
+  document.querySelector("main").innerHTML = page.split(/<.?main>/)[1] || "Nobody answers."
 }, 500)
 </script>
 """
