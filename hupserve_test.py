@@ -2354,11 +2354,10 @@ def test_operator_log_files_follow_rotation(serve, folder):
                 os.killpg(server.pid, SIGUSR1)
             until((folder / "access.log").exists)
         load.more()
+    assert load.lost == []
+    until(lambda: sum(path.read_text().count("\n") for path in folder.glob("access.log*")) == len(load.answered))
     os.kill(min(server.workers()), SIGKILL)
     server.wait_log("replaced", file="error.log")
-    server.stop()
-    lines = "".join(path.read_text() for path in folder.glob("access.log*")).splitlines()
-    assert load.lost == [] and len(lines) == len(load.answered)
 
 
 def serve_in_a_terminal(serve, **keywords):
