@@ -103,7 +103,7 @@ class Life(enum.IntEnum):
 
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
-LOADING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)    # what a worker outlives while it loads
+LOADING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)    # what a worker outlives before it serves
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FOREVER = float("inf")
@@ -1039,10 +1039,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.selector = selectors.DefaultSelector()         # key.data: what is to be called
         self.selector.register(bell, selectors.EVENT_READ)
         self.selector.register(line, selectors.EVENT_READ, self.hear)
-        os.register_at_fork(after_in_child=self.disown)
+        self.still = threading.RLock()      # the main thread's, but while it waits
+        os.register_at_fork(after_in_child=self.disown)     # before the next, for they run in this order
+        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self.after_fork)
 
     def run(self):
         """Until there is nothing left to drain. Each step does what is due, and only wait() waits."""
+        self.still.acquire()
         while self.life != Life.DRAINING or self.listeners or self.count and self.now < self.give_up_at:
             events = self.wait()
             self.obey()         # first: nothing is begun after an order; and the bell is silent before take_back()
@@ -1054,17 +1057,20 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.resume_accepting()
             self.dispatch()
             self.report()
+        self.still.release()
 
     def wait(self):
         """Until something comes, is due or a thread rings -> selector events. While there are jobs it keeps out of the
         way of the thread that was woken for them all: the two would take turns at every system call. After a
         millisecond dispatch() wakes another: that one may be stuck, or it went to sleep just as they came."""
+        self.still.release()
         if self.jobs:
             ready(self.bell, select.POLLIN, 0.001)
         due = [when for when in (self.accept_at, self.report_at, self.explain_at, self.give_up_at) if when > self.now]
         due += [next(iter(room)).deadline for room in self.rooms if room]
         # Jobs first: a thread that sees some does not ring, and what it has handed back is seen here.
         events = self.selector.select(0 if self.jobs or self.returned else min(min(due) - time.monotonic(), 3600))
+        self.still.acquire()
         self.now = time.monotonic()
         return events
 
@@ -1100,6 +1106,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         for word, *rest in self.line.hear():
             if word == "go":
                 self.life = Life.SERVING
+                self.bell.hang(STOPS)
             else:
                 self.drain(*rest)
         if self.line.ended and self.line in self.selector.get_map():
@@ -1388,6 +1395,16 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 else:
                     self.close(connection)
 
+    def before_fork(self):
+        """When a thread of the application's forks: not while a socket is on its way from one room to another, or just
+        accepted, for the child would keep it open; and a TERM to the child has to wait until disown() is done."""
+        self.still.acquire()
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
+
+    def after_fork(self):
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+        self.still.release()
+
     def disown(self):
         """In a child that the application forks: it must not hold clients' connections open, nor the listeners, nor
         answer to our signals. Once: to the child's own children the numbers may mean something else."""
@@ -1419,9 +1436,12 @@ def run_worker(generation, number, slot, line):
     """A worker's life, in the worker -> exit status. Signals are still blocked when it begins."""
     bell = Bell()
     for signum in MASTER_SIGNALS:
-        signal.signal(signum, signal.SIG_DFL)   # while it loads, it dies of TERM at once
+        signal.signal(signum, signal.SIG_DFL)   # until it serves, it dies of TERM at once
     bell.hang(LOADING_SIGNALS)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    flags = fcntl.fcntl(line, fcntl.F_GETFL)
+    fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(line, fcntl.F_SETFL, flags | os.O_ASYNC)        # while it loads, the master's end is its own, by SIGIO
     worker = Worker(generation, number, slot, line, bell)
     worker.report()
     try:
@@ -1433,7 +1453,7 @@ def run_worker(generation, number, slot, line):
         log.exception("the application does not load")
         line.say("failed", 1, f"the application does not load: {type(error).__name__}: {reason_of(error)[:500]}")
         return 1
-    bell.hang(STOPS)
+    fcntl.fcntl(line, fcntl.F_SETFL, flags)
     worker.life = Life.READY
     line.say("ready")
     worker.run()
@@ -1557,7 +1577,7 @@ class Master:
 
     def obey(self):
         for signum in self.bell.answer():
-            if signum in STOPS or signum == signal.SIGHUP and self.terminal and not has_terminal():
+            if signum in STOPS or signum == signal.SIGHUP and self.terminal and not self.stops and not has_terminal():
                 self.stop(signum)
             elif signum == signal.SIGHUP:
                 self.hup = True
@@ -1615,6 +1635,8 @@ class Master:
         """Keep the very sockets of the addresses that stay, with the clients queued on them; bind the new ones; claim
         the pidfile. Then there are places for workers."""
         try:
+            key, text = "pidfile", new.config.pidfile       # first: who is refused for it has touched nobody's socket
+            new.pidfile = new.pidfile or (old.pidfile if text == old.config.pidfile else text and claim_pidfile(text))
             for address in new.config.listen:
                 key, text = "listen", address.text
                 if text in old.listeners:
@@ -1624,8 +1646,6 @@ class Master:
                         if overlap(address, other):
                             raise OSError(errno.EEXIST, f"overlaps {other.text}, which is being served")
                     new.listeners[text] = open_listener(address, self.adopted)
-            key, text = "pidfile", new.config.pidfile
-            new.pidfile = old.pidfile if text == old.config.pidfile else claim_pidfile(text) if text else None
         except OSError as error:
             # An address may come back before an old worker has let go of it.
             if error.errno == errno.EADDRINUSE and not self.due(min(new.deadline, self.now + 0.05)):
@@ -1644,6 +1664,8 @@ class Master:
             logs = open_logs(new.config)
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
+                    if listener.file and not os.path.samestat(os.stat(listener.file[0]), listener.file[1]):
+                        raise OSError(errno.EADDRINUSE, "another master has taken its place")
                     listener.listen(new.config.backlog)
         except OSError as error:
             return self.roll_back(f"{new.config.ini.path}: {error.filename or text}: {reason_of(error)}")
