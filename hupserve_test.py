@@ -538,6 +538,16 @@ def do_children(environ, start_response):
     status = subprocess.run(["cat", "/proc/self/status"], stdout=subprocess.PIPE, universal_newlines=True).stdout
     return text(start_response, json.dumps(dict(
         line.split(":\t") for line in status.splitlines() if line.startswith("Sig"))))
+def do_terminate(environ, start_response):
+    """A child that is told to end as soon as it is there."""
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            time.sleep(30)
+            os._exit(1)
+        os.kill(child, 15)
+        assert os.waitpid(child, 0)[1] == 15
+    return text(start_response, "ended")
 def do_orphan(environ, start_response):
     """A grandchild whose parent is gone: process 1 inherits it."""
     if os.fork() == 0:
@@ -1008,6 +1018,18 @@ def test_8_workers_outlive_no_master(serve):
         again.bind(("127.0.0.1", server.port))
 
 
+def test_8_nor_does_a_worker_that_still_loads(serve):
+    """Guards: SIGIO. A worker in an import cannot look at its line, and would hold the port."""
+    server = serve(workers=1)
+    server.write_app(GATE + APPLICATION)
+    server.release("gate")
+    server.signal()
+    until(lambda: len(server.workers()) == 2, "the new worker to import")
+    server.process.kill()
+    server.process.wait()
+    until(lambda: refused(server.port) and not server.others(), "the workers to leave")
+
+
 def test_9_a_worker_that_dies_is_replaced(serve):
     """Guards: reap and spawn. The replacement runs the code on the disk under its generation's configuration."""
     server = serve(workers=1)
@@ -1109,6 +1131,12 @@ def test_11_but_discards_for_two_seconds_at_most(serve):
                 client.send(b"x")
                 time.sleep(0.1)
         assert time.monotonic() > began + 1
+
+
+def test_12_an_applications_child_dies_of_a_TERM_at_once(serve):
+    """Guards: signals wait until the child has its own handlers, or the worker's would swallow this one."""
+    server = serve(workers=1)
+    assert server.get("/terminate").body == b"ended"
 
 
 def test_12_a_child_keeps_no_descriptor_that_is_not_its_generations(serve):
@@ -2314,8 +2342,12 @@ def test_operator_pidfile(serve, folder):
     stop = run(folder / "second.ini", cwd=folder)
     assert stop.returncode in (1, 2) and str(pidfile) in stop.stderr and len(stop.stderr.splitlines()) == 1
     assert pidfile.read_text().strip() == str(server.pid)
-    server.reload(pidfile=moved)
+    path = folder / "socket"
+    server.reload(pidfile=moved, listen=f"127.0.0.1:0 unix:{path}")
     until(lambda: moved.exists() and not pidfile.exists())
+    (folder / "second.ini").write_text(GOOD.replace(KEY, f"listen = unix:{path}\npidfile = {moved}"))
+    assert run(folder / "second.ini", cwd=folder).returncode in (1, 2)
+    assert server.get(address=path).status == 200, "the refused one has touched nobody's socket"
     assert moved.read_text().strip() == str(server.pid)
     server.stop()
     assert not moved.exists()
