@@ -600,7 +600,7 @@ class Refusal(OSError):
         status = f"{self.status.value} {self.status.phrase}"
         body = f"{status}: {self.reason}\n"
         head = (f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
-                f"{http_date(int(time.time()))}\r\nConnection: close\r\n\r\n")
+                f"Date: {email.utils.formatdate(usegmt=True)}\r\nConnection: close\r\n\r\n")
         return (head if line.startswith("HEAD ") else head + body).encode()
 
 
@@ -711,10 +711,16 @@ class Connection:
         return self.request.line if self.request else self.buffer[:80].partition(b"\r\n")[0].decode("latin-1")
 
     def receive(self):
-        """One read into the buffer -> False at the end of input. Raises OSError, one of WOULD_BLOCK included."""
-        data = self.sock.recv(PIECE)
-        while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
-            data += self.sock.recv(PIECE)
+        """One read into the buffer -> has something come? None: not yet. False: nor will it."""
+        try:
+            data = self.sock.recv(PIECE)
+            while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
+                data += self.sock.recv(PIECE)
+        except WOULD_BLOCK:
+            return None
+        except OSError as error:
+            log.debug("%s: %s", self.client, reason_of(error))
+            return False
         self.buffer += data
         return bool(data)
 
@@ -785,15 +791,13 @@ class Body(io.RawIOBase):
         for data in self.pieces:
             if data:
                 return data
-            try:
-                if not self.connection.receive():
-                    raise ConnectionError("end of input")
-            except WOULD_BLOCK:
+            came = self.connection.receive()
+            if came is None:
                 if seconds and self.invites and not self.exchange.head_sent:
                     self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.exchange.wait(select.POLLIN, seconds)
-            except OSError as error:
-                raise Refusal(400, f"the body was cut short: {reason_of(error)}") from None
+            elif not came:
+                raise Refusal(400, "the body was cut short")
             self.invites = False
         if not self.ended:
             raise Refusal(400, "the body is malformed or too long")     # as has been said once
@@ -837,19 +841,13 @@ class Body(io.RawIOBase):
             yield b""
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second):
-    """-> the Date field, made once a second."""
-    return f"Date: {email.utils.formatdate(second, usegmt=True)}"
-
-
 @functools.lru_cache(maxsize=128)
 def begin_head(status, headers, second):
     """What start_response was given -> (a head's bytes, without framing; the Content-Length or None; may the connection
     be kept?). Raises ValueError or TypeError. Cached: applications repeat themselves, and a Date is good for a second."""
     if not STATUS.fullmatch(status):
         raise ValueError(f"{status!r} is no status")
-    ours = {"date": http_date(second), "server": "Server: hupserve"}        # if it gives none
+    ours = {"date": f"Date: {email.utils.formatdate(second, usegmt=True)}", "server": "Server: hupserve"}
     lines, length, keep = [f"HTTP/1.1 {status:4}"], None, True      # the space is there without a reason, too
     for name, value in headers:
         lower = name.lower()
@@ -863,7 +861,7 @@ def begin_head(status, headers, second):
             keep = keep and not re.search(r"\bclose\b", value, re.IGNORECASE)
         elif not wsgiref.util.is_hop_by_hop(name) and lower != "trailer":       # it knows "trailers"
             lines.append(f"{name}: {value}")
-            ours.pop(lower, None)
+            ours.pop(lower, None)       # it gives its own
     return "\r\n".join([*lines, *ours.values()]).encode("latin-1"), length, keep
 
 
@@ -941,9 +939,7 @@ class Exchange(socketserver.BaseRequestHandler):
         if self.body and self.keep:
             self.keep = self.body.arrived()
         if self.server.life == DRAINING and self.keep:      # who has asked again already is answered once more
-            with contextlib.suppress(OSError):
-                connection.buffer or connection.receive()
-            self.keep = bool(connection.buffer)
+            self.keep = bool(connection.buffer or connection.receive())
         self.head_sent = True
         last = b"\r\nConnection: close" if not self.keep else b"" if request.http11 else b"\r\nConnection: keep-alive"
         return head + last + b"\r\n\r\n"
@@ -1061,8 +1057,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.selector.register(bell, selectors.EVENT_READ)
         self.selector.register(line, selectors.EVENT_READ, self.hear)
         self.still = threading.RLock()      # the main thread's, but while it waits
-        os.register_at_fork(after_in_child=self.disown)     # before the next, for they run in this order
-        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self.after_fork)
+        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self.disown)
 
     def run(self):
         """Until there is nothing left to drain. Each step does what is due, and only wait() waits."""
@@ -1258,7 +1253,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             connection.registered = False
             self.selector.unregister(connection.sock)
             return
-        came = self.receive(connection)
+        came = connection.receive()
         if came is None:
             self.park(connection)
         elif came and connection.state == CLOSING:
@@ -1269,16 +1264,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.refuse(connection, Refusal(400, "the request was cut short"))
         else:
             self.close(connection)
-
-    def receive(self, connection):
-        """-> has something come? None: not yet. False: nor will it."""
-        try:
-            return connection.receive()
-        except WOULD_BLOCK:
-            return None
-        except OSError as error:
-            log.debug("%s: %s", connection.client, reason_of(error))
-            return False
 
     def advance(self, connection):
         """As far as what has arrived allows."""
@@ -1353,7 +1338,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.in_flight -= 1
             self.served += 1
             if not connection.keep:     # at once, if the client wants to go as well and has sent nothing more
-                came = bool(connection.buffer) or self.receive(connection)
+                came = bool(connection.buffer) or connection.receive()
                 self.close(connection, linger=connection.linger if came is None else came)
             elif connection.buffer:
                 self.advance(connection)
@@ -1382,7 +1367,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def retire(self, connection):
         """Close an idle connection -> was it idle? It is read once more just before: a request that has come by now is
         answered, and the moment in which one can be missed is one system call long."""
-        if self.receive(connection):
+        if connection.receive():
             self.advance(connection)
         idle = connection.state <= IDLE
         if idle:
@@ -1391,13 +1376,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def evict(self, seconds=0):
         """Close the connection that has been idle longest, and so for these seconds at least -> was there one?"""
-        while True:
-            idle = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
-            oldest = min(idle, key=operator.attrgetter("since"), default=None)
-            if not oldest or oldest.since > self.now - seconds:
-                return False
+        while idle := [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]:
+            oldest = min(idle, key=operator.attrgetter("since"))
+            if oldest.since > self.now - seconds:
+                break
             if self.retire(oldest):
                 return True
+        return False
 
     def expire(self):
         """Whatever is due."""
@@ -1416,9 +1401,11 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 else:
                     self.close(connection)
 
+    # When the application forks, as multiprocessing does
+
     def before_fork(self):
-        """When a thread of the application's forks: not while a socket is on its way from one room to another, or just
-        accepted, for the child would keep it open; and a TERM to the child has to wait until disown() is done."""
+        """Not while a socket is on its way from one room to another, or just accepted, for the child would keep it
+        open; and a TERM to the child has to wait until disown() is done."""
         self.still.acquire()
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
 
@@ -1427,16 +1414,17 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.still.release()
 
     def disown(self):
-        """In a child that the application forks: it must not hold clients' connections open, nor the listeners, nor
-        answer to our signals. Once: to the child's own children the numbers may mean something else."""
+        """In the child: it must not hold clients' connections open, nor the listeners, nor answer to our signals.
+        Once: to the child's own children the numbers may mean something else."""
         if self.bell:
-            for sock in (self.line.sock, self.selector, self.bell, *self.listeners,
+            for each in (self.line.sock, self.selector, self.bell, *self.listeners,
                          *(connection.sock for room in self.rooms for connection in room)):
-                sock.close()
+                each.close()
             self.bell = None
             signal.set_wakeup_fd(-1)
             for signum in MASTER_SIGNALS:
                 signal.signal(signum, signal.SIG_DFL)
+        self.after_fork()
 
 
 def without_query(line):
