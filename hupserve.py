@@ -844,7 +844,7 @@ class Body(io.RawIOBase):
 @functools.lru_cache(maxsize=128)
 def begin_head(status, headers, second):
     """What start_response was given -> (a head's bytes, without framing; the Content-Length or None; may the connection
-    be kept?). Raises ValueError or TypeError. Cached: applications repeat themselves, and a Date is good for a second."""
+    be kept?). Raises ValueError or TypeError. Cached: applications repeat themselves, and a Date lasts a second."""
     if not STATUS.fullmatch(status):
         raise ValueError(f"{status!r} is no status")
     ours = {"date": f"Date: {email.utils.formatdate(second, usegmt=True)}", "server": "Server: hupserve"}
@@ -1022,7 +1022,6 @@ def escaped(text):
 
 
 # ---- The worker: its loop first, then orders, accept, read, dispatch, take back, close --------------
-
 
 class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     """A server whose socketserver "request" is a connection with a complete request on it.
