@@ -1071,6 +1071,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.expire()
             self.resume_accepting()
             self.dispatch()
+            self.explain()
             self.report()
         self.still.release()
 
@@ -1103,6 +1104,14 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         if facts != self.facts:
             self.facts, self.report_at = facts, self.now + 0.02
             scoreboard.write(self.slot, facts)
+
+    def explain(self):
+        """What every operator asks: why is the old worker still there?"""
+        if self.now >= self.explain_at:
+            self.explain_at, oldest = self.now + DRAIN_REPORT, next(iter(self.rooms[IN_FLIGHT]), None)
+            log.info("still draining: %d in flight, %d other connections%s", self.in_flight,
+                     self.count - self.in_flight, f"; the oldest: {oldest.client} "
+                     f"{escaped(without_query(oldest.line))} for {self.now - oldest.since:.0f} s" if oldest else "")
 
     # Orders
 
@@ -1193,8 +1202,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 return True     # that client is gone again
             # The kernel has no descriptor to give; and it may have nobody to give it to.
             return ready(listener, select.POLLIN, 0) and self.make_room(error)
-        if self.count >= self.config.connections and self.life == SERVING:
-            self.evict()
+        while self.count >= self.config.connections and self.life == SERVING and self.evict():
+            pass
         self.accept_at, self.count = 0.0, self.count + 1
         host, port = address[:2] if isinstance(address, tuple) else ("", "")
         base = {**self.listeners[listener][1], "REMOTE_ADDR": host, "REMOTE_PORT": str(port)}
@@ -1363,41 +1372,28 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.count -= 1
         connection.sock.close()
 
-    def retire(self, connection):
-        """Close an idle connection -> was it idle? It is read once more just before: a request that has come by now is
-        answered, and the moment in which one can be missed is one system call long."""
-        if connection.receive():
-            self.advance(connection)
-        idle = connection.state <= IDLE
-        if idle:
-            self.close(connection)
-        return idle
-
     def evict(self, seconds=0):
-        """Close the connection that has been idle longest, and so for these seconds at least -> was there one?"""
-        while idle := [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]:
-            oldest = min(idle, key=operator.attrgetter("since"))
-            if oldest.since > self.now - seconds:
-                break
-            if self.retire(oldest):
-                return True
-        return False
+        """Close the connection that has been idle longest, and so for these seconds at least, unless its next request
+        is there by now -> was there one?"""
+        idle = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
+        oldest = min(idle, key=operator.attrgetter("since"), default=None)
+        if not oldest or oldest.since > self.now - seconds:
+            return False
+        oldest.deadline = self.now
+        self.expire()
+        return True
 
     def expire(self):
-        """Whatever is due."""
-        if self.now >= self.explain_at:     # what every operator asks: why is the old worker still there?
-            self.explain_at, oldest = self.now + DRAIN_REPORT, next(iter(self.rooms[IN_FLIGHT]), None)
-            log.info("still draining: %d in flight, %d other connections%s", self.in_flight,
-                     self.count - self.in_flight, f"; the oldest: {oldest.client} "
-                     f"{escaped(without_query(oldest.line))} for {self.now - oldest.since:.0f} s" if oldest else "")
+        """End what is due. An idle connection is read once more just before: a request that has come by now is
+        answered, and the moment in which one can be missed is one system call long."""
         for room in self.rooms:
             while room and next(iter(room)).deadline <= self.now:
                 connection = next(iter(room))
-                if connection.state <= IDLE:
-                    self.retire(connection)
-                elif connection.state < WAITING:
+                if connection.state <= IDLE and connection.receive():
+                    self.advance(connection)
+                if connection in room and connection.state in (READING, RECEIVING):
                     self.refuse(connection, Refusal(408, "the request took too long to arrive"))
-                else:
+                elif connection in room:
                     self.close(connection)
 
     # When the application forks, as multiprocessing does
