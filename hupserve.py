@@ -225,7 +225,7 @@ def read_config(target):
 
 
 class Ini:
-    """The file, parsed once, and what it says. Raises ConfigError, OSError, ValueError or configparser.Error."""
+    """The file, parsed once, and what it says. All of it raises OSError, ValueError or configparser.Error."""
 
     def __init__(self, target):
         self.target = target
@@ -243,13 +243,10 @@ class Ini:
             parser.read_string(text, self.path)
         self.global_conf = dict(self.parser["DEFAULT"])
 
-    def wrong(self, section, key, reason):
-        return ConfigError(f"{self.path}: [{section}] {key}: {reason}")
-
     def own(self, section):
         """-> the section's own keys, as a dict: those of [DEFAULT] are global_conf, not settings."""
         if section not in self.bare:
-            raise ConfigError(f"{self.path}: [{section}] missing section{did_you_mean(section, self.bare)}")
+            raise ValueError(f"[{section}] missing section{did_you_mean(section, self.bare)}")
         return {key: self.parser.get(section, key) for key in self.bare[section]}
 
     def server(self):
@@ -257,9 +254,9 @@ class Ini:
         there = difflib.get_close_matches("server:main", self.bare, 1, 0.8)     # it can be left out, but not misspelt
         texts = self.own("server:main") if there else {}
         use = texts.pop("use", "")
-        for key in texts.keys() - KEYS:
+        for key in sorted(texts.keys() - KEYS):
             if not use:
-                raise self.wrong("server:main", key, f"unknown key{did_you_mean(key, KEYS)}")
+                raise ValueError(f"[server:main] {key}: unknown key{did_you_mean(key, KEYS)}")
             log.warning("%s: [server:main] %s: unknown key, left to %s", self.path, key, use)
         values = {}
         try:
@@ -269,20 +266,19 @@ class Ini:
             key, text = "certfile", f"{values['certfile']} with keyfile {values['keyfile']}"    # errors name neither
             values["tls"] = tls_context(values["certfile"], values["keyfile"])
         except (ValueError, OSError) as error:
-            raise self.wrong("server:main", key, f"{text!r}: {reason_of(error)}") from None
+            raise ValueError(f"[server:main] {key}: {text!r}: {reason_of(error)}") from None
         return values
 
     def parts(self):
         """[app:NAME] or [pipeline:NAME] -> a list of (section, kind, module:attribute, settings), the outermost filter
         first; kind: wsgi, paste.app_factory or paste.filter_factory. None: only PasteDeploy knows what it means."""
-        pipeline, names = f"pipeline:{self.name}", [self.name]
-        if pipeline in self.bare:
-            settings = self.own(pipeline)
-            names = settings.pop("pipeline", "").split()
-            if not names:
-                raise self.wrong(pipeline, "pipeline", "names no application")
-            if settings or ":" in "".join(names):
-                return None
+        pipeline = f"pipeline:{self.name}"
+        settings = self.own(pipeline) if pipeline in self.bare else {"pipeline": self.name}
+        names = settings.pop("pipeline", "").split()
+        if not names:
+            raise ValueError(f"[{pipeline}] pipeline: names no application")
+        if settings or ":" in "".join(names):
+            return None
         parts = [self.part("filter", name) for name in names[:-1]] + [self.part("app", names[-1])]
         return None if None in parts else parts
 
@@ -298,9 +294,9 @@ class Ini:
             kind = "wsgi"
         target = settings.pop(kind, "")
         if not re.fullmatch(r"[\w.]+:[\w.]+", target):
-            raise self.wrong(section, kind, f"{target!r} is not module:attribute{did_you_mean(kind, settings)}")
+            raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute{did_you_mean(kind, settings)}")
         if kind == "wsgi" and settings:
-            raise self.wrong(section, next(iter(settings)), "a setting: wsgi takes none, paste.app_factory does")
+            raise ValueError(f"[{section}] {min(settings)}: a setting: wsgi takes none, paste.app_factory does")
         return section, kind, target, settings
 
 
@@ -323,6 +319,7 @@ def load_application(config):
         return load_with_paste(config.ini)
     application: Any = None
     for section, kind, target, settings in reversed(config.parts):
+        place = f"{config.ini.path}: [{section}] {kind}: {target}"
         module, _, attribute = target.partition(":")
         try:
             __import__(module)
@@ -332,10 +329,10 @@ def load_application(config):
         except (ImportError, AttributeError, TypeError) as error:
             if error.__traceback__.tb_next:     # raised inside the application, and not by these lines
                 raise
-            raise config.ini.wrong(section, kind, f"{target}: {reason_of(error)}") from None
+            raise ConfigError(f"{place}: {reason_of(error)}") from None
         application = found(application) if kind == "paste.filter_factory" else found
         if not callable(application):
-            raise config.ini.wrong(section, kind, f"{target} gives {application!r}, which is not callable")
+            raise ConfigError(f"{place} gives {application!r}, which is not callable")
     return application
 
 
@@ -1613,7 +1610,7 @@ class Master:
             if error.errno == errno.EADDRINUSE and self.now < new.deadline:
                 self.due(self.now + 0.05)       # an old worker may be about to let go of it: once more
                 return
-            return self.roll_back(str(new.config.ini.wrong("server:main", "listen", f"{text}: {reason_of(error)}")))
+            return self.roll_back(f"{new.config.ini.path}: [server:main] listen: {text}: {reason_of(error)}")
         new.deadline = self.now + new.config.boot_timeout
         new.children = [Child(new, number) for number in range(new.config.workers)]
 
