@@ -79,16 +79,15 @@ access_log = logging.getLogger("hupserve.access")
 # ---- Words: the states, each listed once, and who moves what on which event ------------------------
 
 class State(enum.IntEnum):
-    """Where a connection is, in order. The worker's main thread alone moves it (Worker.move): when something comes, as
-    far as that allows, up to WAITING; to IN_FLIGHT when a thread is free; when it is back to IDLE, or on, if more has
-    come; to CLOSING when a request is refused, or the last one answered; and from all but the threads to its end."""
+    """Where a connection is. The worker's main thread alone moves it, in Worker.move(): as far as WAITING whenever
+    something comes, and as that allows. Its deadline, or its client's end, takes it away from all but the threads."""
     NEW = 0         # nothing of a first request has come (nor all of a TLS handshake)
     IDLE = 1        # kept alive, and nothing of a next request has come
     READING = 2     # a part of a head has come
     RECEIVING = 3   # the head, but not all of its short, announced body
-    WAITING = 4     # all that is read beforehand, and no thread is free
-    IN_FLIGHT = 5   # handed to the threads, and not back yet
-    CLOSING = 6     # our side is shut down, input is discarded
+    WAITING = 4     # all that is read beforehand         -> IN_FLIGHT (a thread is free)
+    IN_FLIGHT = 5   # with a thread, or on its way back   -> IDLE, or on, if more has come; or CLOSING, or closed
+    CLOSING = 6     # refused, or answered for the last time: our side is shut down, input is discarded  -> closed
 
 
 class Life(enum.IntEnum):
@@ -143,7 +142,7 @@ def addresses(text):
 
 def binds_of(word):
     """-> ((family, host or path, port), ...). Hosts are numeric: the master never waits for a name server."""
-    if word.startswith("unix:") and 5 < len(os.fsencode(word)) < 113:
+    if word.startswith("unix:") and 5 < len(os.fsencode(word)) < 113 and "\0" not in word:
         return ((socket.AF_UNIX, word[5:], -1),)
     host, _, port = word.rpartition(":")
     with contextlib.suppress(ValueError):
@@ -236,8 +235,6 @@ class Ini:
         self.bare = configparser.RawConfigParser(default_section="")     # sections inherit nothing in this one
         with open(self.path, encoding="utf-8-sig") as file:
             text = file.read()
-        if "\0" in text:
-            raise ValueError("NUL, which no path can have")
         for parser in (self.parser, self.bare):
             parser.optionxform = str        # type: ignore[method-assign, assignment]
             parser.read_string(text, self.path)
@@ -1656,7 +1653,7 @@ class Master:
             release_pidfile(generation.config.pidfile)
         for child in self.children.values():
             if child.generation is generation and child.life != DRAINING:       # who drains is not told again
-                self.order(child, dropped - generation.borrowed if child.life == SERVING else ())
+                self.order(child, dropped - generation.borrowed)
 
     def order(self, child, dropped=()):
         """On the line, with what a signal cannot say; then the signal."""
@@ -1752,8 +1749,7 @@ class Master:
             for pid in self.children:
                 os.kill(pid, signal.SIGKILL)
             return
-        why = "the terminal is gone" if signum == signal.SIGHUP else signal.Signals(signum).name
-        log.info("%s: stopping, when every request that has begun is answered", why)
+        log.info("%s: stopping, when every request that has begun is answered", signal.Signals(signum).name)
         self.notify("STOPPING=1")
         nothing = Generation(self.current.number, self.current.config)
         for generation in filter(None, (self.upcoming, self.current)):
@@ -1819,8 +1815,10 @@ def status_filter(global_conf, path="/status"):
     """paste.filter_factory: at path, a page that shows all workers of all generations, live; and the same as JSON to
     whom asks for it (Accept: application/json, or ?format=json)."""
     def with_status(application):
-        return lambda environ, start_response: (
-            status if environ.get("PATH_INFO") == path else application)(environ, start_response)
+        def choose(environ, start_response):
+            chosen = status if environ.get("PATH_INFO") == path else application
+            return chosen(environ, start_response)
+        return choose
     return with_status
 
 
