@@ -102,7 +102,6 @@ class Life(enum.IntEnum):
 NEW, IDLE, READING, RECEIVING, WAITING, IN_FLIGHT, CLOSING = State
 VACANT, BOOTING, READY, SERVING, DRAINING = Life
 
-
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 LOADING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)    # what a worker outlives before it serves
@@ -563,12 +562,13 @@ class Refusal(OSError):
         status = f"{self.status.value} {self.status.phrase}"
         body = f"{status}: {self.reason}\n"
         head = (f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
-                f"{http_date(int(time.time()))}\r\nConnection: close\r\n\r\n")
+                f"Date: {email.utils.formatdate(usegmt=True)}\r\nConnection: close\r\n\r\n")
         return (head if line.startswith("HEAD ") else head + body).encode()
 
 
 class Request(NamedTuple):
-    environ: dict
+    line: str
+    environ: dict           # what the head says, in PEP 3333's words; shared, and so never changed
     length: Optional[int]   # of the body in bytes; None: chunked
     expect: bool            # the client waits for 100 Continue
     keep: bool              # the client would keep the connection
@@ -597,8 +597,8 @@ def collect(block):
 
 @functools.lru_cache(maxsize=128)
 def parse_fields(block, http11):
-    """Field lines -> Request, with their part of its environ (RFC 9112 section 6). Cached: a client repeats them from
-    request to request. Trailers are read as HTTP/1.0's fields, which need no Host. Raises Refusal."""
+    """Field lines -> (their part of an environ, length, expect, keep) as in Request (RFC 9112 section 6). Raises
+    Refusal. Cached, as parse_head() is: a client repeats them from request to request."""
     environ = collect(block)
     length, chunked = environ.get("CONTENT_LENGTH", "0"), "HTTP_TRANSFER_ENCODING" in environ
     codings = [coding.strip(" \t") for coding in environ.get("HTTP_TRANSFER_ENCODING", "none").lower().split(",")]
@@ -608,7 +608,7 @@ def parse_fields(block, http11):
             (not re.fullmatch(AUTHORITY, environ.get("HTTP_HOST", "")), 400, "invalid Host"),
             (not LENGTH.fullmatch(length), 400, "invalid Content-Length"),
             (chunked and "CONTENT_LENGTH" in environ, 400, "both Content-Length and Transfer-Encoding"),
-            (chunked and not http11, 400, "Transfer-Encoding in HTTP/1.0 or in trailers"),
+            (chunked and not http11, 400, "Transfer-Encoding in HTTP/1.0"),
             (codings.count("chunked") > 1 or "" in codings, 400, "invalid Transfer-Encoding"),
             (chunked and codings != ["chunked"], 501, "unknown transfer coding"),
             (expect not in ("", "100-continue"), 417, "unknown expectation")):
@@ -616,15 +616,24 @@ def parse_fields(block, http11):
             raise Refusal(status, reason)
     options = [option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")]
     keep = "close" not in options and (http11 or "keep-alive" in options)
-    return Request(environ, None if chunked else int(length), expect != "", keep, http11)
+    return environ, None if chunked else int(length), expect != "", keep
 
 
-def parse_head(line, block, base, max_body):
-    """A head -> Request, whose environ starts from base (RFC 9112 section 3, PEP 3333). Raises Refusal."""
-    match = REQUEST_LINE.fullmatch(line)
+def parse_line(line):
+    """A request line -> method, target, major and minor version (RFC 9112 section 3). Raises Refusal."""
+    if len(line) > MAX_LINE:
+        raise Refusal(414, f"a request line of more than {MAX_LINE} bytes")
+    match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not match:
         raise Refusal(400, "malformed request line")
-    method, target, major, minor = match.groups()
+    return match.groups()
+
+
+@functools.lru_cache(maxsize=128)
+def parse_head(head):
+    """A head, without its empty line -> Request (RFC 9112, PEP 3333). Raises Refusal."""
+    line, _, block = head.partition(b"\r\n")
+    method, target, major, minor = parse_line(line)
     if major != "1":
         raise Refusal(400 if major == "0" else 505, f"HTTP/{major}.{minor} is not spoken here")
     if method == "CONNECT":
@@ -632,20 +641,18 @@ def parse_head(line, block, base, max_body):
     absolute = None if target[0] == "/" else ABSOLUTE.fullmatch(target)
     if "#" in target or not (target[0] == "/" or absolute or (method, target) == ("OPTIONS", "*")):
         raise Refusal(400, "malformed request target")
-    fields = parse_fields(block, minor != "0")
-    if 0 < max_body < (fields.length or 0):
-        raise Refusal(413, f"more than {max_body} bytes")
+    fields, *framing = parse_fields(block, minor != "0")
     host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
     path, _, query = target.partition("?")
     path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")
-    environ = {**base, **fields.environ, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
-               "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if fields.http11 else "HTTP/1.0"}
-    return Request(environ, *fields[1:])
+    environ = {**fields, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
+               "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if minor != "0" else "HTTP/1.0"}
+    return Request(line.decode("latin-1"), environ, *framing, minor != "0")
 
 
 class Connection:
     """A client's connection. In flight one thread reads and writes it; else the main thread does."""
-    state = State.NEW
+    state = NEW
     since = 0.0                 # when it came to this state, in time.monotonic() seconds
     deadline = FOREVER          # when it must have left it
     registered = False          # with the selector
@@ -653,19 +660,29 @@ class Connection:
     scanned = 0                 # bytes of the buffer in which no end of a head was found
     request: Any = None         # a Request, once its head is complete
     body = b""                  # its body, where that was short enough to be read beforehand
-    line = ""                   # its request line
     keep = False                # the exchange's decision
     linger = True               # something may still come, if it is closed
 
     def __init__(self, sock, client, base, tls):
-        # client: its address, for the logs; base: the environ of its requests to be
+        # client: its address, for the logs; base: the part of the environ that is the same for all its requests
         self.sock, self.client, self.base, self.tls = sock, client, base, tls
 
+    @property
+    def line(self):
+        """The request's first line, or what has come of it."""
+        return self.request.line if self.request else self.buffer[:80].partition(b"\r\n")[0].decode("latin-1")
+
     def receive(self):
-        """One read into the buffer -> False at the end of input. Raises OSError, one of WOULD_BLOCK included."""
-        data = self.sock.recv(PIECE)
-        while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
-            data += self.sock.recv(PIECE)
+        """One read into the buffer -> has something come? None: not yet. False: nor will it."""
+        try:
+            data = self.sock.recv(PIECE)
+            while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
+                data += self.sock.recv(PIECE)
+        except WOULD_BLOCK:
+            return None
+        except OSError as error:
+            log.debug("%s: %s", self.client, reason_of(error))
+            return False
         self.buffer += data
         return bool(data)
 
@@ -675,20 +692,13 @@ class Connection:
             if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
                 self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
             end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
-            line, crlf, block = self.buffer[:end + 2 if end >= 0 else None].partition(b"\r\n")
-            self.line = (line if crlf else line[:80]).decode("latin-1")
-            if len(line) > MAX_LINE:
-                raise Refusal(414, f"a request line of more than {MAX_LINE} bytes")
             if not 0 <= end <= MAX_HEAD:
-                doubtful = DOUBTFUL.search(self.buffer, max(0, self.scanned - 1))
-                if doubtful or crlf and not REQUEST_LINE.fullmatch(self.line):
-                    raise Refusal(400, "malformed request line; or NUL, bare CR or bare LF")
-                if len(self.buffer) > MAX_HEAD:
-                    raise Refusal(431, f"a head of more than {MAX_HEAD} bytes")
-                self.scanned = len(self.buffer)
+                self.look()
                 return False
-            self.buffer, self.scanned = self.buffer[end + 4:], 0
-            self.request, self.body = parse_head(self.line, block, self.base, max_body), b""
+            self.request = parse_head(self.buffer[:end + 2])
+            self.buffer, self.scanned, self.body = self.buffer[end + 4:], 0, b""
+            if 0 < max_body < (self.request.length or 0):
+                raise Refusal(413, f"more than {max_body} bytes")
         length = self.request.length or 0
         if length <= SMALL_BODY and not self.request.expect:
             if len(self.buffer) < length:
@@ -696,22 +706,16 @@ class Connection:
             self.body, self.buffer = self.buffer[:length], self.buffer[length:]
         return True
 
-    # In flight: called in the connection's thread.
-
-    def wait(self, event, seconds):
-        """Until the socket can be read (POLLIN) or written (POLLOUT). Raises Refusal: it took too long."""
-        if not ready(self.sock, event, seconds):
-            raise Refusal(408, f"no progress for {seconds:g} s")
-
-    def send(self, data, seconds):
-        """All of the bytes. Raises Refusal where the client is gone, or takes nothing for so many seconds."""
-        while data:
-            try:
-                data = memoryview(data)[self.sock.send(data):]
-            except WOULD_BLOCK:
-                self.wait(select.POLLOUT, seconds)
-            except OSError as error:
-                raise Refusal(408, f"client gone: {reason_of(error)}") from None
+    def look(self):
+        """A head that is not complete: what is wrong with it already? Raises Refusal."""
+        line, crlf, _ = self.buffer.partition(b"\r\n")
+        if crlf or len(line) > MAX_LINE:
+            parse_line(line)
+        if DOUBTFUL.search(self.buffer, max(0, self.scanned - 1)):
+            raise Refusal(400, "NUL, bare CR or bare LF in a head")
+        if len(self.buffer) > MAX_HEAD:
+            raise Refusal(431, f"a head of more than {MAX_HEAD} bytes")
+        self.scanned = len(self.buffer)
 
 
 class Body(io.RawIOBase):
@@ -749,15 +753,13 @@ class Body(io.RawIOBase):
         for data in self.pieces:
             if data:
                 return data
-            try:
-                if not self.connection.receive():
-                    raise ConnectionError("end of input")
-            except WOULD_BLOCK:
+            came = self.connection.receive()
+            if came is None:
                 if seconds and self.invites and not self.exchange.head_sent:
                     self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-                self.connection.wait(select.POLLIN, seconds)
-            except OSError as error:
-                raise Refusal(400, f"the body was cut short: {reason_of(error)}") from None
+                self.exchange.wait(select.POLLIN, seconds)
+            elif not came:
+                raise Refusal(400, "the body was cut short")
             self.invites = False
         if not self.ended:
             raise Refusal(400, "the body is malformed or too long")     # as has been said once
@@ -780,7 +782,7 @@ class Body(io.RawIOBase):
                 yield from self.take(size)      # an empty line ends each, and the last has trailers before it
                 while line := (yield from self.line(0 if size else MAX_HEAD - len(trailers))):
                     trailers += line + b"\r\n"
-            parse_fields(trailers, False)       # they must be well-formed, and are discarded
+            collect(trailers)       # they must be well-formed, and are discarded
         self.ended = True
 
     def take(self, left):
@@ -801,44 +803,55 @@ class Body(io.RawIOBase):
             yield b""
 
 
-@functools.lru_cache(maxsize=512)
-def field_name(name):
-    """A response header's name -> lower-case, and whether it is hop-by-hop. ValueError: it is no token."""
-    if not re.fullmatch(TOKEN, name):
-        raise ValueError(f"{name!r} is no header name")
-    return name.lower(), wsgiref.util.is_hop_by_hop(name) or name.lower() == "trailer"      # wsgiref: trailers
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(second):
-    """-> the Date field, made once a second."""
-    return f"Date: {email.utils.formatdate(second, usegmt=True)}"
+@functools.lru_cache(maxsize=128)
+def begin_head(status, headers, second):
+    """What start_response was given -> (a head's bytes, without framing; the Content-Length or None; may the connection
+    be kept?). Raises ValueError or TypeError. Cached: applications repeat themselves, and a Date lasts a second."""
+    if not STATUS.fullmatch(status):
+        raise ValueError(f"{status!r} is no status")
+    ours = {"date": f"Date: {email.utils.formatdate(second, usegmt=True)}", "server": "Server: hupserve"}
+    lines, length, keep = [f"HTTP/1.1 {status:4}"], None, True      # the space is there without a reason, too
+    for name, value in headers:
+        lower = name.lower()
+        if not re.fullmatch(TOKEN, name) or FORGED.search(value):
+            raise ValueError(f"{name!r}: {value!r} could add a header, or a response")
+        if lower == "content-length":
+            if not LENGTH.fullmatch(value) or length not in (None, int(value)):
+                raise ValueError(f"invalid Content-Length {value!r}")
+            length = int(value)
+        elif lower == "connection":
+            keep = keep and not re.search(r"\bclose\b", value, re.IGNORECASE)
+        elif not wsgiref.util.is_hop_by_hop(name) and lower != "trailer":       # it knows "trailers"
+            lines.append(f"{name}: {value}")
+            ours.pop(lower, None)       # it gives its own
+    return "\r\n".join([*lines, *ours.values()]).encode("latin-1"), length, keep
 
 
 class Exchange(socketserver.BaseRequestHandler):
     """One request and its response, in a thread. What socketserver calls the request is the connection, and the server
     is the worker. Afterwards connection.keep says whether it may go on."""
-    status = None                       # of the response, as the application gave it
+    status = ""                         # of the response, as the application gave it
     left: Optional[int] = None          # bytes of body that its Content-Length still allows
     sent = 0                            # bytes of body
     head_sent = chunked = False
 
     def handle(self):
-        connection, request, environ = self.request, self.request.request, self.request.request.environ
-        self.keep = request.keep and self.server.config.keepalive_timeout > 0
+        connection, request, config = self.request, self.request.request, self.server.config
+        self.keep = request.keep and config.keepalive_timeout > 0
         self.body = None if request.length == 0 or connection.body else Body(self)      # it may have come already
-        environ["wsgi.input"] = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO(connection.body)
+        given = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO(connection.body)
         try:
+            environ = {**connection.base, **request.environ, "wsgi.input": given}
             self.respond(self.server.application(environ, self.start_response))
         except Refusal as refusal:      # out of wsgi.input, where the application let it through, or out of send()
-            log.debug("%s: %s: %s", connection.client, escaped(connection.line), refusal.reason)
+            log.debug("%s: %s: %s", connection.client, escaped(request.line), refusal.reason)
             self.fail(refusal)
         except BaseException:           # sys.exit() in a request is the application's error, too
-            log.exception("%s: %s", connection.client, escaped(connection.line))
+            log.exception("%s: %s", connection.client, escaped(request.line))
             self.fail(Refusal(500, "the application failed"))
         connection.keep, connection.linger = self.keep, request.keep or bool(self.body and not self.body.arrived())
-        if self.server.config.access_log != "off":
-            log_access(connection, self.status[:3], self.sent, environ)
+        if config.access_log != "off":
+            log_access(connection, self.status[:3], self.sent)
 
     def respond(self, result):
         try:
@@ -861,53 +874,36 @@ class Exchange(socketserver.BaseRequestHandler):
         """PEP 3333. Raises what is wrong with its arguments, at the application."""
         if exc_info and self.head_sent:
             raise exc_info[1].with_traceback(exc_info[2])
-        if self.status is not None and not exc_info:
+        if self.status and not exc_info:
             raise AssertionError("start_response was called twice, without exc_info")
-        if not STATUS.fullmatch(status):
-            raise ValueError(f"{status!r} is no status")
-        ours = {"date": http_date(int(time.time())), "server": "Server: hupserve"}      # if it gives none
-        lines, self.left = [f"HTTP/1.1 {status:4}"], None     # the space is there without a reason, too
-        for name, value in headers:
-            lower, hop_by_hop = field_name(name)
-            if lower == "content-length":
-                if not LENGTH.fullmatch(value) or self.left not in (None, int(value)):
-                    raise ValueError(f"invalid Content-Length {value!r}")
-                self.left = int(value)
-            elif lower == "connection":
-                self.keep = self.keep and not re.search(r"\bclose\b", value, re.IGNORECASE)
-            elif not hop_by_hop:
-                lines.append(f"{name}: {value}")
-                ours.pop(lower, None)
-        lines += ours.values()
-        if FORGED.search("".join(lines)):       # a value could add a header, or a response
-            raise ValueError(f"CR, LF or NUL in a response header: {headers!r}")
-        self.status, self.begin = status, "\r\n".join(lines).encode("latin-1")
+        self.begin, self.left, keep = begin_head(status, tuple(map(tuple, headers)), int(time.time()))
+        self.status, self.keep = status, self.keep and keep
         return self.write
 
     def head(self, length):
         """-> the head, having decided how the body, of length bytes or None, is framed (RFC 9112 section 6.3)."""
-        if self.status is None:
+        if not self.status:
             raise AssertionError("start_response was not called")
-        connection, http11, head = self.request, self.request.request.http11, self.begin
+        connection, request, head = self.request, self.request.request, self.begin
         no_length = self.status[0] == "1" or self.status[:3] == "204"
-        no_body = no_length or self.status[:3] == "304" or connection.line.startswith("HEAD ")
+        no_body = no_length or self.status[:3] == "304" or request.environ["REQUEST_METHOD"] == "HEAD"
         if self.left is None and not no_body:
             self.left = length
         if self.left is not None and not no_length:
             head += b"\r\nContent-Length: %d" % self.left
-        elif http11 and not no_body:
+        elif request.http11 and not no_body:
             self.chunked = True
             head += b"\r\nTransfer-Encoding: chunked"
         elif not no_body or self.status[0] == "1":
             self.keep = False
-        self.left = 0 if no_body else self.left
-        self.keep = self.keep and (not self.body or self.body.arrived())
-        if self.keep and self.server.life == Life.DRAINING:     # who has asked again already is answered once more
-            with contextlib.suppress(OSError):
-                connection.buffer or connection.receive()
-            self.keep = bool(connection.buffer)
+        if no_body:
+            self.left = 0
+        if self.body and self.keep:
+            self.keep = self.body.arrived()
+        if self.server.life == DRAINING and self.keep:      # who has asked again already is answered once more
+            self.keep = bool(connection.buffer or connection.receive())
         self.head_sent = True
-        last = b"\r\nConnection: close" if not self.keep else b"" if http11 else b"\r\nConnection: keep-alive"
+        last = b"\r\nConnection: close" if not self.keep else b"" if request.http11 else b"\r\nConnection: keep-alive"
         return head + last + b"\r\n\r\n"
 
     def write(self, data, whole=False):
@@ -927,8 +923,24 @@ class Exchange(socketserver.BaseRequestHandler):
             head = b""
         self.send(head + data)
 
+    def wait(self, event, seconds):
+        """Until the socket can be read (POLLIN) or written (POLLOUT). Raises Refusal: it took too long."""
+        if not ready(self.request.sock, event, seconds):
+            raise Refusal(408, f"no progress for {seconds:g} s")
+
     def send(self, data):
-        self.request.send(data, self.server.config.io_timeout)
+        """All of the bytes. Raises Refusal where the client is gone, or takes nothing for io_timeout seconds."""
+        while data:
+            try:
+                sent = self.request.sock.send(data)
+            except WOULD_BLOCK:
+                self.wait(select.POLLOUT, self.server.config.io_timeout)
+            except OSError as error:
+                raise Refusal(408, f"client gone: {reason_of(error)}") from None
+            else:
+                if sent == len(data):
+                    return
+                data = memoryview(data)[sent:]
 
     def send_file(self, file):
         """From where it stands to its end -> False: it has to be read. (A GzipFile's descriptor is no plain file's.)"""
@@ -958,8 +970,9 @@ class Exchange(socketserver.BaseRequestHandler):
                 self.send(refusal.response(self.request.line))
 
 
-def log_access(connection, status, sent, environ):
+def log_access(connection, status, sent):
     """A line in the combined format, plus the seconds in this state: those with a thread, if it was not refused."""
+    environ = connection.request.environ if connection.request else {}
     access_log.info('%s - - [%s] "%s" %s %d "%s" "%s" %.6f', connection.client,
                     time.strftime("%d/%b/%Y:%H:%M:%S %z"), escaped(connection.line), status, sent,
                     escaped(environ.get("HTTP_REFERER", "-")), escaped(environ.get("HTTP_USER_AGENT", "-")),
@@ -972,7 +985,6 @@ def escaped(text):
 
 # ---- The worker: its loop first, then orders, accept, read, dispatch, take back, close --------------
 
-
 class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     """A server whose socketserver "request" is a connection with a complete request on it.
 
@@ -981,7 +993,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     a connection to the threads, one less when it has it back."""
 
     application: Any = None             # once it is loaded
-    life = Life.BOOTING
+    life = BOOTING
     accepting = False                   # are the listeners registered?
     in_flight = 0                       # requests that are with a thread
     count = served = threads = 0        # connections open, requests answered, threads started
@@ -1006,13 +1018,12 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.selector.register(bell, selectors.EVENT_READ)
         self.selector.register(line, selectors.EVENT_READ, self.hear)
         self.still = threading.RLock()      # the main thread's, but while it waits
-        os.register_at_fork(after_in_child=self.disown)     # before the next, for they run in this order
-        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self.after_fork)
+        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self.disown)
 
     def run(self):
         """Until there is nothing left to drain. Each step does what is due, and only wait() waits."""
         self.still.acquire()
-        while self.life != Life.DRAINING or self.listeners or self.count and self.now < self.give_up_at:
+        while self.life != DRAINING or self.listeners or self.count and self.now < self.give_up_at:
             events = self.wait()
             self.obey()         # first: nothing is begun after an order; and the bell is silent before take_back()
             self.take_back()    # before what has come is read: who has been answered does not speak early
@@ -1044,10 +1055,10 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         """Fill in this worker's slot of the scoreboard, if it has changed, and at most fifty times a second."""
         if self.now < self.report_at:
             return
-        idle = len(self.rooms[State.NEW]) + len(self.rooms[State.IDLE])
+        idle = len(self.rooms[NEW]) + len(self.rooms[IDLE])
         waits_for = [{"client": connection.client, "request": without_query(connection.line)[:60],
-                      "since": connection.since} for connection in list(self.rooms[State.IN_FLIGHT])[:8]
-                     if self.life == Life.DRAINING]
+                      "since": connection.since} for connection in list(self.rooms[IN_FLIGHT])[:8]
+                     if self.life == DRAINING]
         facts = {"pid": os.getpid(), "worker": self.number, "generation": self.generation.number,
                  "state": self.life.name.lower(), "idle": idle, "reading": self.count - idle - self.in_flight,
                  "in_flight": self.in_flight, "served": self.served, "waits_for": waits_for}
@@ -1060,18 +1071,18 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def obey(self):
         for signum in self.bell.answer():
             self.hear()     # an order is written before its SIGHUP is sent: it is there by now
-            if signum == signal.SIGHUP and self.life != Life.DRAINING:
+            if signum == signal.SIGHUP and self.life != DRAINING:
                 log.warning("SIGHUP without an order from the master: serving on")
-            elif signum in (signal.SIGTERM, signal.SIGQUIT) and self.life == Life.SERVING:
+            elif signum in (signal.SIGTERM, signal.SIGQUIT) and self.life == SERVING:
                 log.info("%s: asking the master for a replacement, to drain", signal.Signals(signum).name)
                 self.line.say("leaving")
                 self.stop_accepting()
-                self.life = Life.DRAINING       # and the drain begins when the master orders it
+                self.life = DRAINING       # and the drain begins when the master orders it
 
     def hear(self):
         for word, *rest in self.line.hear():
             if word == "go":
-                self.life = Life.SERVING
+                self.life = SERVING
                 self.bell.hang(STOPS)
             else:
                 self.drain(*rest)
@@ -1083,8 +1094,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def drain(self, dropped, grace):
         """Accept no more, finish what has begun. dropped: addresses that nobody takes over; whoever is queued there has
         been let in by the kernel, and the close would reset him. grace: for the idle; a later order can shorten it."""
-        listened = self.life >= Life.SERVING        # if not, perhaps the master never did
-        self.life = Life.DRAINING
+        listened = self.life >= SERVING        # if not, perhaps the master never did
+        self.life = DRAINING
         if self.explain_at == FOREVER:      # the first order
             self.explain_at = self.now + DRAIN_REPORT
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
@@ -1097,7 +1108,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                     pass
             listener.close()
         self.listeners = {}
-        for connection in (*self.rooms[State.NEW], *self.rooms[State.IDLE]):
+        for connection in (*self.rooms[NEW], *self.rooms[IDLE]):
             connection.deadline = min(connection.deadline, self.now + grace)
 
     # Accept
@@ -1105,11 +1116,11 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def may_accept(self):
         """Is a thread free (if not, others get the newcomers), and a place, or somebody idle who makes one?"""
         return self.in_flight < self.config.threads and (
-            self.count < self.config.connections or self.rooms[State.NEW] or self.rooms[State.IDLE])
+            self.count < self.config.connections or self.rooms[NEW] or self.rooms[IDLE])
 
     def accept(self, listener):
         """A few at a time, if there are threads free: of many that come at once the other workers get their share."""
-        for _ in range(max(1, (self.config.threads - self.in_flight - len(self.rooms[State.WAITING])) // 4)):
+        for _ in range(max(1, (self.config.threads - self.in_flight - len(self.rooms[WAITING])) // 4)):
             if not self.may_accept():
                 return self.stop_accepting()
             if not self.accepting or not self.admit(listener):
@@ -1118,7 +1129,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def resume_accepting(self):
         """As soon as a thread is free, before dispatch() takes it: or the clients that are connected already could keep
         the newcomers out."""
-        if self.life == Life.SERVING and not self.accepting and self.now >= self.accept_at and self.may_accept():
+        if self.life == SERVING and not self.accepting and self.now >= self.accept_at and self.may_accept():
             self.accepting = True
             for listener in self.listeners:
                 self.selector.register(listener, selectors.EVENT_READ, functools.partial(self.accept, listener))
@@ -1144,13 +1155,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 return True     # that client is gone again
             # The kernel has no descriptor to give; and it may have nobody to give it to.
             return ready(listener, select.POLLIN, 0) and self.make_room(error)
-        if self.count >= self.config.connections and self.life == Life.SERVING:
+        if self.count >= self.config.connections and self.life == SERVING:
             self.evict()
         self.accept_at, self.count = 0.0, self.count + 1
         host, port = address[:2] if isinstance(address, tuple) else ("", "")
         base = {**self.listeners[listener][1], "REMOTE_ADDR": host, "REMOTE_PORT": str(port)}
         connection = Connection(sock, host or "unix:", base, self.config.tls)
-        self.move(connection, State.NEW)
+        self.move(connection, NEW)
         self.read(connection)   # often its request is there already, and there is no need to register it
         return True
 
@@ -1189,41 +1200,31 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def park(self, connection):
         """Idle until its first byte, or its next. Whoever is so already gets no more time than he had."""
-        if connection.state == State.IN_FLIGHT:
-            self.move(connection, State.IDLE, self.keepalive)
+        if connection.state == IN_FLIGHT:
+            self.move(connection, IDLE, self.keepalive)
         elif not connection.registered:
-            self.move(connection, State.NEW, self.patience)
+            self.move(connection, NEW, self.patience)
 
     def read(self, connection):
         """Something has come, or may have."""
         if connection not in self.rooms[connection.state]:
             return      # closed on account of an earlier event of the same round
-        if connection.state in (State.WAITING, State.IN_FLIGHT):
+        if connection.state in (WAITING, IN_FLIGHT):
             # Only now: most clients await their answer, and to leave them registered saves two system calls a request.
             connection.registered = False
             self.selector.unregister(connection.sock)
             return
-        came = self.receive(connection)
+        came = connection.receive()
         if came is None:
             self.park(connection)
-        elif came and connection.state == State.CLOSING:
+        elif came and connection.state == CLOSING:
             connection.buffer = b""     # once a round: who sends and sends must not keep this thread from its deadline
         elif came:
             self.advance(connection)
-        elif connection.state in (State.READING, State.RECEIVING):
+        elif connection.state in (READING, RECEIVING):
             self.refuse(connection, Refusal(400, "the request was cut short"))
         else:
             self.close(connection)
-
-    def receive(self, connection):
-        """-> has something come? None: not yet. False: nor will it."""
-        try:
-            return connection.receive()
-        except WOULD_BLOCK:
-            return None
-        except OSError as error:
-            log.debug("%s: %s", connection.client, reason_of(error))
-            return False
 
     def advance(self, connection):
         """As far as what has arrived allows."""
@@ -1232,20 +1233,20 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         except Refusal as refusal:
             return self.refuse(connection, refusal)
         if complete:
-            self.move(connection, State.WAITING)
+            self.move(connection, WAITING)
         elif connection.request:
-            self.move(connection, State.RECEIVING, self.config.io_timeout)
+            self.move(connection, RECEIVING, self.config.io_timeout)
         elif connection.buffer in (b"", b"\r"):     # an empty line is no request
             self.park(connection)
-        elif connection.state != State.READING:
-            self.move(connection, State.READING, self.config.header_timeout)
+        elif connection.state != READING:
+            self.move(connection, READING, self.config.header_timeout)
 
     def refuse(self, connection, refusal):
         log.debug("%s: %s: %s", connection.client, escaped(connection.line), refusal.reason)
         with contextlib.suppress(OSError):      # a few hundred bytes into an empty buffer: no waiting
             connection.sock.send(refusal.response(connection.line))
         if self.config.access_log != "off":
-            log_access(connection, refusal.status.value, 0, {})
+            log_access(connection, refusal.status.value, 0)
         self.close(connection, linger=True)
 
     # Dispatch, and take back
@@ -1253,10 +1254,10 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def dispatch(self):
         """Complete requests to free threads, first come, first served. One thread is woken for all of them: threads
         that run Python take turns anyway, and every switch costs."""
-        waiting = self.rooms[State.WAITING]
+        waiting = self.rooms[WAITING]
         while waiting and self.in_flight < self.config.threads:
             connection = next(iter(waiting))
-            self.move(connection, State.IN_FLIGHT)
+            self.move(connection, IN_FLIGHT)
             self.in_flight += 1
             self.process_request(connection, connection.client)
         if self.jobs and self.sleeping:
@@ -1298,7 +1299,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.in_flight -= 1
             self.served += 1
             if not connection.keep:     # at once, if the client wants to go as well and has sent nothing more
-                came = bool(connection.buffer) or self.receive(connection)
+                came = bool(connection.buffer) or connection.receive()
                 self.close(connection, linger=connection.linger if came is None else came)
             elif connection.buffer:
                 self.advance(connection)
@@ -1317,7 +1318,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             connection.buffer = b""
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_WR)
-            return self.move(connection, State.CLOSING, LINGER)
+            return self.move(connection, CLOSING, LINGER)
         if connection.registered:
             self.selector.unregister(connection.sock)
         del self.rooms[connection.state][connection]
@@ -1327,43 +1328,45 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def retire(self, connection):
         """Close an idle connection -> was it idle? It is read once more just before: a request that has come by now is
         answered, and the moment in which one can be missed is one system call long."""
-        if self.receive(connection):
+        if connection.receive():
             self.advance(connection)
-        idle = connection.state <= State.IDLE
+        idle = connection.state <= IDLE
         if idle:
             self.close(connection)
         return idle
 
     def evict(self, seconds=0):
         """Close the connection that has been idle longest, and so for these seconds at least -> was there one?"""
-        while True:
-            idle = [next(iter(room)) for room in (self.rooms[State.NEW], self.rooms[State.IDLE]) if room]
-            oldest = min(idle, key=operator.attrgetter("since"), default=None)
-            if not oldest or oldest.since > self.now - seconds:
-                return False
+        while idle := [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]:
+            oldest = min(idle, key=operator.attrgetter("since"))
+            if oldest.since > self.now - seconds:
+                break
             if self.retire(oldest):
                 return True
+        return False
 
     def expire(self):
         """Whatever is due."""
         if self.now >= self.explain_at:     # what every operator asks: why is the old worker still there?
-            self.explain_at, oldest = self.now + DRAIN_REPORT, next(iter(self.rooms[State.IN_FLIGHT]), None)
+            self.explain_at, oldest = self.now + DRAIN_REPORT, next(iter(self.rooms[IN_FLIGHT]), None)
             log.info("still draining: %d in flight, %d other connections%s", self.in_flight,
                      self.count - self.in_flight, f"; the oldest: {oldest.client} "
                      f"{escaped(without_query(oldest.line))} for {self.now - oldest.since:.0f} s" if oldest else "")
         for room in self.rooms:
             while room and next(iter(room)).deadline <= self.now:
                 connection = next(iter(room))
-                if connection.state <= State.IDLE:
+                if connection.state <= IDLE:
                     self.retire(connection)
-                elif connection.state < State.WAITING:
+                elif connection.state < WAITING:
                     self.refuse(connection, Refusal(408, "the request took too long to arrive"))
                 else:
                     self.close(connection)
 
+    # When the application forks, as multiprocessing does
+
     def before_fork(self):
-        """When a thread of the application's forks: not while a socket is on its way from one room to another, or just
-        accepted, for the child would keep it open; and a TERM to the child has to wait until disown() is done."""
+        """Not while a socket is on its way from one room to another, or just accepted, for the child would keep it
+        open; and a TERM to the child has to wait until disown() is done."""
         self.still.acquire()
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
 
@@ -1372,16 +1375,17 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.still.release()
 
     def disown(self):
-        """In a child that the application forks: it must not hold clients' connections open, nor the listeners, nor
-        answer to our signals. Once: to the child's own children the numbers may mean something else."""
+        """In the child: it must not hold clients' connections open, nor the listeners, nor answer to our signals.
+        Once: to the child's own children the numbers may mean something else."""
         if self.bell:
-            for sock in (self.line.sock, self.selector, self.bell, *self.listeners,
+            for each in (self.line.sock, self.selector, self.bell, *self.listeners,
                          *(connection.sock for room in self.rooms for connection in room)):
-                sock.close()
+                each.close()
             self.bell = None
             signal.set_wakeup_fd(-1)
             for signum in MASTER_SIGNALS:
                 signal.signal(signum, signal.SIG_DFL)
+        self.after_fork()
 
 
 def without_query(line):
@@ -1420,7 +1424,7 @@ def run_worker(generation, number, slot, line):
         line.say("failed", 1, f"the application does not load: {type(error).__name__}: {reason_of(error)[:500]}")
         return 1
     fcntl.fcntl(line, fcntl.F_SETFL, flags)
-    worker.life = Life.READY
+    worker.life = READY
     line.say("ready")
     worker.run()
     if worker.in_flight:

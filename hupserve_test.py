@@ -519,6 +519,13 @@ def do_hold(environ, start_response):
 def do_nap(environ, start_response):
     time.sleep(0.02)
     return echo(environ, start_response)
+def do_spoil(environ, start_response):
+    """It answers with what it was given, and leaves nothing of that as it was."""
+    seen, headers = json.dumps({key: str(environ[key]) for key in sorted(environ)}), [["Content-Type", "text/plain"]]
+    environ.clear()
+    ok(start_response, *headers)
+    headers.clear()
+    return [seen.encode()]
 def do_size(environ, start_response):
     return text(start_response, str(sum(len(data) for data in iter(lambda: environ["wsgi.input"].read(65536), b""))))
 def do_big(environ, start_response):
@@ -2018,6 +2025,17 @@ def test_response_the_environ_is_complete(shared):
     assert seen["REMOTE_ADDR"] == "127.0.0.1" and seen["REMOTE_PORT"].isdigit() and seen["SERVER_NAME"]
     assert seen["hupserve.generation"] == 1 and isinstance(seen["hupserve.worker"], int)
     assert not {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & set(seen)
+
+
+def test_response_requests_that_repeat_share_nothing(shared):
+    """Heads are cached, both ways: but an environ is its request's, an address the client's, a Date the second's."""
+    with shared.connect() as one, shared.connect() as other:
+        first, second, third = one.get("/spoil?a"), one.get("/spoil?a"), other.get("/spoil?a")
+        assert set(first.json) == set(second.json) == set(third.json) and len(first.json) > 20
+        for client, answer in ((one, first), (one, second), (other, third)):
+            assert answer.json["REMOTE_PORT"] == str(client.socket.getsockname()[1])
+        assert one.get("/spoil?b").json["QUERY_STRING"] == "b"
+        until(lambda: one.get("/spoil?a").headers["date"] != first.headers["date"], "another second")
 
 
 def test_response_wsgiref_validate_has_nothing_to_say(serve):
