@@ -46,7 +46,6 @@ import functools
 import html
 import http
 import importlib
-import inspect
 import io
 import ipaddress
 import itertools
@@ -80,16 +79,15 @@ access_log = logging.getLogger("hupserve.access")
 # ---- Words: the states, each listed once, and who moves what on which event ------------------------
 
 class State(enum.IntEnum):
-    """Where a connection is, in order. The worker's main thread alone moves it (Worker.move): when something comes, as
-    far as that allows, up to WAITING; to IN_FLIGHT when a thread is free; when it is back to IDLE, or on, if more has
-    come; to CLOSING when a request is refused, or the last one answered; and from all but the threads to its end."""
+    """Where a connection is. The worker's main thread alone moves it, in Worker.move(): as far as WAITING whenever
+    something comes, and as that allows. Its deadline, or its client's end, takes it away from all but the threads."""
     NEW = 0         # nothing of a first request has come (nor all of a TLS handshake)
     IDLE = 1        # kept alive, and nothing of a next request has come
     READING = 2     # a part of a head has come
     RECEIVING = 3   # the head, but not all of its short, announced body
-    WAITING = 4     # all that is read beforehand, and no thread is free
-    IN_FLIGHT = 5   # handed to the threads, and not back yet
-    CLOSING = 6     # our side is shut down, input is discarded
+    WAITING = 4     # all that is read beforehand         -> IN_FLIGHT (a thread is free)
+    IN_FLIGHT = 5   # with a thread, or on its way back   -> IDLE, or on, if more has come; or CLOSING, or closed
+    CLOSING = 6     # refused, or answered for the last time: our side is shut down, input is discarded  -> closed
 
 
 class Life(enum.IntEnum):
@@ -132,22 +130,18 @@ def did_you_mean(word, words):
     return "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(word, words, 1))
 
 
-class Address(NamedTuple):
-    text: str       # as configured: what tells two listeners apart
-    binds: tuple    # (family, host or path, port) of each of its sockets: *:port has two
-
-
 def addresses(text):
-    """'127.0.0.1:80 unix:/x' -> Addresses. Hosts are numeric: the master never waits for a name server."""
-    found = tuple(Address(word, binds_of(word)) for word in text.split() or [""])
+    """'*:80 unix:/x' -> {each as configured, which is what tells two apart: what its sockets bind (binds_of)}."""
+    found = {word: binds_of(word) for word in text.split() or [""]}
     for one, other in itertools.combinations(found, 2):
-        if overlap(one, other):
-            raise ValueError(f"{other.text} overlaps {one.text}")
+        if overlap(found[one], found[other]):
+            raise ValueError(f"{other} overlaps {one}")
     return found
 
 
 def binds_of(word):
-    if word.startswith("unix:") and 5 < len(os.fsencode(word)) < 113:
+    """-> ((family, host or path, port), ...). Hosts are numeric: the master never waits for a name server."""
+    if word.startswith("unix:") and 5 < len(os.fsencode(word)) < 113 and "\0" not in word:
         return ((socket.AF_UNIX, word[5:], -1),)
     host, _, port = word.rpartition(":")
     with contextlib.suppress(ValueError):
@@ -161,30 +155,27 @@ def binds_of(word):
     raise ValueError(f"{word} is no numeric host:port, localhost:port, [::1]:port, *:port or unix:/path (107 bytes)")
 
 
-def overlap(one, other):
+def overlap(binds, others):
     """Could the two not listen at the same time? (IPv6 listeners are IPv6 only.)"""
     return any(family == family2 and port == port2 and (host == host2 or {host, host2} & {"0.0.0.0", "::"})
-               for family, host, port in one.binds for family2, host2, port2 in other.binds)
+               for family, host, port in binds for family2, host2, port2 in others)
 
 
 def number(text, low, high):
     """A whole number, if its limits are whole; else seconds, which may have a fraction."""
-    kind, form = (int, "[0-9]{1,16}") if isinstance(low, int) else (float, r"[0-9]{1,9}(\.[0-9]{1,9})?")
-    if not re.fullmatch(form, text) or not low <= kind(text) <= high:
-        raise ValueError(f"not a {'whole ' * (kind is int)}number between {low} and {high:.16g}")
-    return kind(text)
+    value = type(low)(text)
+    if not low <= value <= high:        # which is so of nan, too
+        raise ValueError(f"not between {low} and {high:.16g}")
+    return value
 
 
-def level(text, *levels):
-    if text.lower() not in levels:
-        raise ValueError(f"none of {', '.join(levels)}{did_you_mean(text, levels)}")
+def level(text):
+    logging.NullHandler().setLevel(text.upper())        # ValueError: it knows no such level
     return text.upper()
 
 
-def log_path(text, may_be_off=True):
+def log_path(text):
     """'off', '-' or a file, which is opened once here: so a commit does not fail for it."""
-    if text == "off" and not may_be_off:
-        raise ValueError("cannot be off; log_level says how much is logged")
     if text not in ("off", "-"):
         open(text, "a").close()
     return text
@@ -192,21 +183,7 @@ def log_path(text, may_be_off=True):
 
 def in_folder(text):
     os.stat(os.path.join(os.path.dirname(text), "."))       # OSError: no such folder
-    return text
-
-
-def tls_context(certfile, keyfile):
-    """-> ssl.SSLContext or None. The master makes it: it may read a key that its workers cannot."""
-    if not certfile and not keyfile:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(certfile, keyfile or None, lambda: b"")     # never ask on the terminal
-    except OSError as error:        # of either, and it does not say of which
-        raise ValueError(f"with keyfile {keyfile!r}: {reason_of(error)}") from None
-    return context
+    return text and os.path.realpath(text)
 
 
 KEYS = {    # of [server:main]: the default, what reads the text (its ValueError is the reason), and its limits
@@ -226,103 +203,108 @@ KEYS = {    # of [server:main]: the default, what reads the text (its ValueError
     "keyfile": ("", str),
     "pidfile": ("", in_folder),
     "access_log": ("off", log_path),
-    "log_file": ("-", log_path, False),
-    "log_level": ("info", level, "debug", "info", "warning", "error", "critical"),
+    "log_file": ("-", log_path),
+    "log_level": ("info", level),
 }
 
 
-class Config(collections.namedtuple("Config", [*KEYS, "tls", "warnings", "parts", "ini", "target"])):
-    """One reading of a file: every key of KEYS; an SSLContext or None; warnings for the log; the application's
-    parts (see Ini.parts); the Ini; the target as the command line has it: path, or path#name."""
+class Config(collections.namedtuple("Config", [*KEYS, "tls", "parts", "ini"])):
+    """One reading of a file: every key of KEYS; an SSLContext or None; the application's parts (Ini.parts); the Ini."""
+
+
+def read_config(target):
+    """'file.ini', or 'file.ini#name' for [app:name] -> Config, all of it valid. Raises ConfigError."""
+    try:
+        ini = Ini(target)
+        return Config(**ini.server(), parts=ini.parts(), ini=ini)
+    except (OSError, ValueError, configparser.Error) as error:      # the latter's often names the place
+        place = f"[{error.section}] {error.option}: " if hasattr(error, "option") else ""
+        raise ConfigError(f"{target}: {place}{reason_of(error)}") from None
 
 
 class Ini:
-    """The file, parsed once, and what it says. Raises ConfigError, OSError, ValueError or configparser.Error."""
+    """The file, parsed once, and what it says. All of it raises OSError, ValueError or configparser.Error."""
 
-    def __init__(self, path, name):
-        self.path, self.name = path, name       # name: the application's
-        full = os.path.abspath(path).replace("%", "%%")
+    def __init__(self, target):
+        self.target = target
+        self.path, _, name = target.partition("#")
+        self.name = name or "main"              # of the application
+        full = os.path.abspath(self.path).replace("%", "%%")
         self.parser = configparser.ConfigParser({"here": os.path.dirname(full), "__file__": full})
         self.bare = configparser.RawConfigParser(default_section="")     # sections inherit nothing in this one
-        with open(path, encoding="utf-8-sig") as file:
+        with open(self.path, encoding="utf-8-sig") as file:
             text = file.read()
-        if "\0" in text:
-            raise ValueError("NUL, which no path can have")
         for parser in (self.parser, self.bare):
             parser.optionxform = str        # type: ignore[method-assign, assignment]
-            parser.read_string(text, path)
+            parser.read_string(text, self.path)
         self.global_conf = dict(self.parser["DEFAULT"])
-
-    def wrong(self, section, key, reason):
-        return ConfigError(f"{self.path}: [{section}] {key}: {reason}")
 
     def own(self, section):
         """-> the section's own keys, as a dict: those of [DEFAULT] are global_conf, not settings."""
         if section not in self.bare:
-            raise ConfigError(f"{self.path}: [{section}] missing section{did_you_mean(section, self.bare)}")
+            raise ValueError(f"[{section}] missing section{did_you_mean(section, self.bare)}")
         return {key: self.parser.get(section, key) for key in self.bare[section]}
 
     def server(self):
         """[server:main] -> Config's fields from it: with use = it may have another server's keys, too."""
         there = difflib.get_close_matches("server:main", self.bare, 1, 0.8)     # it can be left out, but not misspelt
         texts = self.own("server:main") if there else {}
-        use = texts.pop("use", None)
-        unknown = [key for key in texts if key not in KEYS]
-        if unknown and not use:
-            raise self.wrong("server:main", unknown[0], f"unknown key{did_you_mean(unknown[0], KEYS)}")
-        values: dict = {"warnings": [self.wrong("server:main", key, f"unknown key, left to {use}") for key in unknown]}
+        use = texts.pop("use", "")
+        for key in sorted(texts.keys() - KEYS):
+            if not use:
+                raise ValueError(f"[server:main] {key}: unknown key{did_you_mean(key, KEYS)}")
+            log.warning("%s: [server:main] %s: unknown key, left to %s", self.path, key, use)
+        values = {}
         try:
             for key, (default, read, *limits) in KEYS.items():
                 text = texts.get(key, default)
                 values[key] = read(text, *limits)
-            key, text = "certfile", values["certfile"]
-            values["tls"] = tls_context(text, values["keyfile"])
+            key, text = "certfile", f"{values['certfile']} with keyfile {values['keyfile']}"    # errors name neither
+            values["tls"] = tls_context(values["certfile"], values["keyfile"])
         except (ValueError, OSError) as error:
-            raise self.wrong("server:main", key, f"{text!r}: {reason_of(error)}") from None
+            raise ValueError(f"[server:main] {key}: {text!r}: {reason_of(error)}") from None
         return values
 
     def parts(self):
-        """[app:NAME] or [pipeline:NAME] -> [(section, kind, module:attribute, settings)], outermost filter first;
-        kind: wsgi, paste.app_factory or paste.filter_factory. None: only PasteDeploy knows what it means."""
-        pipeline, names, parts = f"pipeline:{self.name}", [self.name], []
-        if pipeline in self.bare:
-            settings = self.own(pipeline)
-            names = settings.pop("pipeline", "").split()
-            if not names:
-                raise self.wrong(pipeline, "pipeline", "names no application")
-            if f"app:{self.name}" in self.bare:
-                raise self.wrong(pipeline, "pipeline", f"[app:{self.name}] is there, too: which is meant?")
-            if settings or any(":" in part for part in names):
-                return None
-        for index, name in enumerate(names, 1):
-            prefix = "app" if index == len(names) else "filter"
-            section, factory = f"{prefix}:{name}", f"paste.{prefix}_factory"
-            others = {f"{word}:{name}" for word in ("composite", "composit", "application", "filter-app", "pipeline")}
-            if prefix == "app" and section not in self.bare and others & self.bare.keys():
-                return None
-            settings = self.own(section)
-            if any(re.match("use$|filter-with$|[sg]et |paste[.]", key) and key != factory for key in settings):
-                return None
-            kind = "wsgi" if prefix == "app" and ("wsgi" in settings or factory not in settings) else factory
-            target = settings.pop(kind, "")
-            if not re.fullmatch(r"[\w.]+:[\w.]+", target):
-                missing = f"missing key{did_you_mean(kind, settings)}"
-                raise self.wrong(section, kind, f"{target!r} is not module:attribute" if target else missing)
-            if kind == "wsgi" and settings:
-                raise self.wrong(section, next(iter(settings)), "a setting: wsgi takes none, paste.app_factory does")
-            parts.append((section, kind, target, settings))
-        return tuple(parts)
+        """[app:NAME] or [pipeline:NAME] -> a list of (section, kind, module:attribute, settings), the outermost filter
+        first; kind: wsgi, paste.app_factory or paste.filter_factory. None: only PasteDeploy knows what it means."""
+        pipeline = f"pipeline:{self.name}"
+        settings = self.own(pipeline) if pipeline in self.bare else {"pipeline": self.name}
+        names = settings.pop("pipeline", "").split()
+        if not names:
+            raise ValueError(f"[{pipeline}] pipeline: names no application")
+        if settings or ":" in "".join(names):
+            return None
+        parts = [self.part("filter", name) for name in names[:-1]] + [self.part("app", names[-1])]
+        return None if None in parts else parts
+
+    def part(self, prefix, name):
+        section, kind = f"{prefix}:{name}", f"paste.{prefix}_factory"
+        others = {f"{word}:{name}" for word in ("composite", "filter-app", "pipeline")}
+        if prefix == "app" and section not in self.bare and others & self.bare.keys():
+            return None
+        settings = self.own(section)
+        if any(re.match("use$|filter-with$|[sg]et |paste[.]", key) and key != kind for key in settings):
+            return None
+        if prefix == "app" and kind not in settings:
+            kind = "wsgi"
+        target = settings.pop(kind, "")
+        if not re.fullmatch(r"[\w.]+:[\w.]+", target):
+            raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute{did_you_mean(kind, settings)}")
+        if kind == "wsgi" and settings:
+            raise ValueError(f"[{section}] {min(settings)}: a setting: wsgi takes none, paste.app_factory does")
+        return section, kind, target, settings
 
 
-def read_config(target):
-    """Read and validate 'file.ini' or 'file.ini#name' -> Config. Raises ConfigError."""
-    path, _, name = target.partition("#")
-    try:
-        ini = Ini(path, name or "main")
-        return Config(**ini.server(), parts=ini.parts(), ini=ini, target=target)
-    except (OSError, ValueError, configparser.Error) as error:      # the latter's often names the place
-        place = f"[{error.section}] {error.option}: " if hasattr(error, "option") else ""
-        raise ConfigError(f"{path}: {place}{reason_of(error)}") from None
+def tls_context(certfile, keyfile):
+    """-> ssl.SSLContext or None. The master makes it: it may read a key that its workers cannot."""
+    if not certfile and not keyfile:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(certfile, keyfile or None, lambda: b"")     # never ask on the terminal
+    return context
 
 
 def load_application(config):
@@ -333,28 +315,20 @@ def load_application(config):
         return load_with_paste(config.ini)
     application: Any = None
     for section, kind, target, settings in reversed(config.parts):
-        wrong, global_conf = functools.partial(config.ini.wrong, section, kind), config.ini.global_conf
+        place = f"{config.ini.path}: [{section}] {kind}: {target}"
         module, _, attribute = target.partition(":")
         try:
-            found: Any = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):
-                raise       # the module is there: what it imports is not
-            raise wrong(f"there is no module {error.name}") from None
-        try:
-            found = operator.attrgetter(attribute)(found)
-        except AttributeError:
-            raise wrong(f"module {module} has no {attribute}{did_you_mean(attribute, dir(found))}") from None
-        if kind != "wsgi":
-            with contextlib.suppress(ValueError):       # a callable without a signature to look at
-                try:
-                    inspect.signature(found).bind(global_conf, **settings)
-                except TypeError as error:
-                    raise wrong(f"{target}: {reason_of(error)}") from None
-            found = found(global_conf, **settings)
+            __import__(module)
+            found = operator.attrgetter(attribute)(sys.modules[module])
+            if kind != "wsgi":
+                found = found(config.ini.global_conf, **settings)
+        except (ImportError, AttributeError, TypeError) as error:
+            if error.__traceback__.tb_next:     # raised inside the application, and not by these lines
+                raise
+            raise ConfigError(f"{place}: {reason_of(error)}") from None
         application = found(application) if kind == "paste.filter_factory" else found
         if not callable(application):
-            raise wrong(f"{target} gives {application!r}, which is not callable")
+            raise ConfigError(f"{place} gives {application!r}, which is not callable")
     return application
 
 
@@ -373,27 +347,20 @@ def load_with_paste(ini):
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
-    """Follows rotation. A full disk costs log lines, never requests: one line on stderr says so."""
+    """Follows rotation. A full disk costs log lines, never requests."""
 
     def emit(self, record):
-        try:
+        with contextlib.suppress(OSError):      # it could not be opened again
             super().emit(record)
-        except OSError:         # it could not be opened again
-            self.handleError(record)
 
     def handleError(self, record):
-        self.handleError = lambda record: None      # type: ignore[method-assign]
-        with contextlib.suppress(Exception):
-            print(f"hupserve: {self.baseFilename}: {reason_of(sys.exc_info()[1])}", file=sys.stderr)
+        pass
 
 
-def open_logs(config):
-    """-> the handlers of the log and of the access log. Raises OSError."""
-    return [logging.NullHandler() if path == "off" else logging.StreamHandler() if path == "-"
-            else LogFile(path, errors="backslashreplace") for path in (config.log_file, config.access_log)]
-
-
-def use_logs(config, handlers):
+def use_logs(config):
+    """Raises OSError, where a file cannot be opened: then nothing has changed."""
+    handlers = [logging.NullHandler() if path == "off" else logging.StreamHandler() if path == "-"
+                else LogFile(path, errors="backslashreplace") for path in (config.log_file, config.access_log)]
     handlers[0].setFormatter(logging.Formatter("%(asctime)s [%(process)d] %(levelname)s %(message)s"))
     for logger, threshold, handler in zip((log, access_log), (config.log_level, "INFO"), handlers):
         for old in logger.handlers:
@@ -413,20 +380,15 @@ class Listener(socket.socket):
     file: Optional[tuple] = None    # of a unix socket that is ours: the path, and the identity of its file
 
 
-def open_listener(address, adopted):
-    """-> the Listeners of an Address, bound or adopted. They do not listen before the commit, so that
-    nobody is queued on them and a roll-back resets nobody. Raises OSError."""
-    listeners: list = []
-    with contextlib.ExitStack() as undo:
-        undo.callback(close_listeners, listeners)
-        for family, host, port in address.binds:
-            if (family, host, port) in adopted:
-                listeners.append(adopted[family, host, port].dup())
-            else:
-                listeners.append(Listener(family))
-                bind(listeners[-1], host, port or listeners[0].getsockname()[1])    # *:0 is one port for both
-        undo.pop_all()
-    return listeners
+def open_listeners(binds, adopted, listeners):
+    """Append the Listeners of an address, bound or adopted. They do not listen before the commit, so that nobody is
+    queued on them and a roll-back resets nobody. OSError: those before the one that fails are in the list."""
+    for family, host, port in binds:
+        if (family, host, port) in adopted:
+            listeners.append(adopted[family, host, port].dup())
+        else:
+            listeners.append(Listener(family))
+            bind(listeners[-1], host, port or listeners[0].getsockname()[1])    # *:0 is one port for both
 
 
 def bind(listener, host, port):
@@ -459,7 +421,7 @@ def adopt():
     """systemd's sockets (sd_listen_fds(3)) -> {(family, host or path, port): Listener}."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     adopted = {}
-    for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) and count.isdigit() else ():
+    for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) else ():
         listener = Listener(fileno=fd)
         listener.set_inheritable(False)
         listener.setblocking(False)
@@ -555,12 +517,12 @@ class Scoreboard:
 
     def read(self):
         """-> one dict a worker, the oldest generation first, each wait with its age in seconds."""
-        found, now = [], time.monotonic()
+        found = []
         for text in re.findall(rb"\{[^\0]+", self.memory):
             with contextlib.suppress(ValueError):       # half written: the next look finds it
                 found.append(json.loads(text))
-        for wait in (wait for worker in found for wait in worker["waits_for"]):
-            wait["age"] = round(now - wait.pop("since"), 1)
+                for wait in found[-1]["waits_for"]:
+                    wait["age"] = round(time.monotonic() - wait.pop("since"), 1)
         return sorted(found, key=operator.itemgetter("generation", "worker"))
 
 
@@ -1468,7 +1430,7 @@ def run_worker(generation, number, slot, line):
 
 def prepare(config):
     """Logging, then the application -> the WSGI callable. Raises ConfigError, or whatever that raises."""
-    use_logs(config, open_logs(config))
+    use_logs(config)
     if "loggers" in config.ini.bare:
         ours = log.handlers[:], access_log.handlers[:]
         try:
@@ -1495,7 +1457,7 @@ class Child:
     """One of a generation's places for a worker and, from BOOTING on, the worker in it."""
 
     def __init__(self, generation, number, deaths=0, fork_at=0.0):
-        self.generation, self.number, self.life = generation, number, Life.VACANT
+        self.generation, self.number, self.life = generation, number, VACANT
         self.deaths, self.fork_at = deaths, fork_at         # of those before it; when it may be forked
         self.pid, self.slot, self.born = 0, 0, 0.0          # born: in time.monotonic() seconds
         self.line: Any = None
@@ -1504,8 +1466,8 @@ class Child:
     def hear(self):
         for word, *rest in self.line.hear():
             self.said[word] = rest
-        if self.life == Life.BOOTING and "ready" in self.said:
-            self.life = Life.READY
+        if self.life == BOOTING and "ready" in self.said:
+            self.life = READY
 
     def vacate(self, now):
         """Put a successor in its place -> after how many seconds it is to be forked."""
@@ -1516,24 +1478,24 @@ class Child:
 
 
 class Generation:
-    """The workers of one reading of the configuration, and what they listen on. As Master.upcoming it is a reload's
-    state: binding, while it has no children; then booting; and then it is Master.current, or gone."""
+    """The workers of one reading of the configuration, and what they listen on. As Master.upcoming it is the state of
+    a reload: binding, while it has no children; booting, until all of them are READY; then it is Master.current, by
+    commit(), or gone, by roll_back()."""
 
-    def __init__(self, number, config, pidfile=None):
-        self.number, self.config, self.pidfile = number, config, pidfile        # pidfile: open and locked
+    def __init__(self, number, config, adopted=()):
+        self.number, self.config = number, config
         self.deadline = time.monotonic() + BIND_PATIENCE    # of its binding, then of its booting
-        self.listeners: dict = {}                           # {address text: [Listener]}
-        self.borrowed: set = set()                          # texts of which systemd has the socket, too
+        self.listeners: dict = {}                           # {address as configured: [Listener]}
+        self.borrowed = {text for text, binds in config.listen.items() if set(binds) & set(adopted)}    # systemd's, too
         self.children: list = []                            # Children, once all of its addresses are bound
 
 
 class Master:
     """Owns listeners and workers; sits in one poll() all its life."""
-    upcoming: Any = None        # the Generation that a reload prepares
     hup = False                 # a SIGHUP waits to be obeyed
     stops = 0                   # TERM, QUIT and INT so far
-    count = 0                   # of generations so far
-    fork_at = 0.0               # not before this time: there was no more to give
+    fork_at = 0.0               # after a fork that failed: not before this time
+    alarm = 0.0                 # when something is due, at the latest
 
     def __init__(self, config):
         self.status = 0 if config.listen else 2     # to exit with; --check (no address): 2 until it has succeeded
@@ -1543,9 +1505,9 @@ class Master:
         self.adopted, self.bell = adopt(), Bell()
         self.bell.hang(MASTER_SIGNALS)
         self.children: dict = {}        # {pid: Child}, of all generations
-        # The one that serves. The start is a reload, too: from generation 0, which has nothing.
-        self.current = Generation(0, config._replace(listen=(), pidfile=""))
-        self.begin(config)
+        # The one that serves, and the one that a reload prepares. The start is a reload, too: from nothing.
+        self.current = Generation(0, config._replace(listen={}, pidfile=""))
+        self.upcoming: Any = Generation(1, config, self.adopted)
 
     def run(self):
         """-> exit status. Each step looks at what is and does what is due; only wait() waits."""
@@ -1557,7 +1519,7 @@ class Master:
             self.reap()
             self.advance()
             self.tend()
-        release_pidfile(self.current)
+        release_pidfile(self.current.config.pidfile)
         if self.current.number:
             log.info("stopped")
         return self.status
@@ -1569,7 +1531,7 @@ class Master:
             poll.register(source, select.POLLIN)
         poll.poll(max(0, self.alarm - time.monotonic()) * 1000)
         self.now = time.monotonic()
-        self.alarm = self.now + 3600        # when something is due, at the latest: poll() takes up to 24 days
+        self.alarm = self.now + 3600        # poll() takes up to 24 days
 
     def due(self, when):
         """Is it time? If not, the loop will come round then."""
@@ -1597,19 +1559,17 @@ class Master:
         child.line.sock.close()
         scoreboard.write(child.slot, None)
         end = f"exited with status {code}" if code >= 0 else f"was killed by signal {-code}"
-        how = f"worker {child.number} (pid {child.pid}) {end}"
-        status, reason = child.said.get("failed", (1, f"{how} before it was ready"))
-        if child.life == Life.DRAINING:
+        end = f"worker {child.number} (pid {child.pid}) {end}"
+        status, reason = child.said.get("failed", (1, end))
+        if child.life == DRAINING:
             failed = code and child.generation.number <= self.current.number    # and was not rolled back
-            log.log(logging.WARNING if failed else logging.DEBUG, "%s, of generation %d", how, child.generation.number)
+            log.log(logging.WARNING if failed else logging.DEBUG, "%s, of generation %d", end, child.generation.number)
         elif child.generation is self.upcoming:
             self.roll_back(reason, status)
         else:
-            seconds = child.vacate(self.now)
-            log.error("%s%s; replaced %s", how, f": {reason}" if "failed" in child.said else "",
-                      f"in {seconds:g} s" if seconds else "now")
+            log.error("%s; it is replaced in %g s", reason, child.vacate(self.now))
 
-    # The reload: begin, bind, boot, commit or roll back
+    # The reload: bind, boot, commit or roll back
 
     def advance(self):
         """Move the reload on, as far as it goes. A SIGHUP that came in its midst was remembered, once, and is next."""
@@ -1617,7 +1577,7 @@ class Master:
         if new and not new.children:
             self.bind(new, self.current)
         if new and new.children:
-            if all(child.life == Life.READY for child in new.children):
+            if all(child.life == READY for child in new.children):
                 self.commit(new, self.current)
             elif self.due(new.deadline):
                 self.roll_back(f"not every worker was ready within {new.config.boot_timeout:g} s (boot_timeout)")
@@ -1625,37 +1585,29 @@ class Master:
             self.hup = False
             self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
-                self.begin(read_config(self.current.config.target))
+                config = read_config(self.current.config.ini.target)
             except ConfigError as error:
-                self.conclude(logging.ERROR, f"reload refused: {error}")
-
-    def begin(self, config):
-        for warning in config.warnings:
-            log.warning("%s", warning)
-        self.count += 1
-        self.upcoming, self.alarm = Generation(self.count, config), 0.0     # which advance() is to see at once
+                return self.conclude(logging.ERROR, f"reload refused: {error}")
+            self.upcoming, self.alarm = Generation(self.current.number + 1, config, self.adopted), 0.0
 
     def bind(self, new, old):
-        """Keep the very sockets of the addresses that stay, with the clients queued on them; bind the new ones; claim
-        the pidfile. Then there are places for workers."""
+        """Keep the very sockets of the addresses that stay, with the clients queued on them; bind the new ones. Then
+        there are places for workers."""
         try:
-            key, text = "pidfile", new.config.pidfile       # first: who is refused for it has touched nobody's socket
-            new.pidfile = new.pidfile or (old.pidfile if text == old.config.pidfile else text and claim_pidfile(text))
-            for address in new.config.listen:
-                key, text = "listen", address.text
+            for text, binds in new.config.listen.items():
                 if text in old.listeners:
                     new.listeners[text] = old.listeners[text]
                 elif text not in new.listeners:
-                    for other in old.config.listen:
-                        if overlap(address, other):
-                            raise OSError(errno.EEXIST, f"overlaps {other.text}, which is being served")
-                    new.listeners[text] = open_listener(address, self.adopted)
+                    for other in old.listeners:
+                        if overlap(binds, old.config.listen[other]):
+                            raise OSError(errno.EEXIST, f"overlaps {other}, which is being served")
+                    open_listeners(binds, self.adopted, new.listeners.setdefault(text, []))
         except OSError as error:
-            # An address may come back before an old worker has let go of it.
-            if error.errno == errno.EADDRINUSE and not self.due(min(new.deadline, self.now + 0.05)):
+            close_listeners(new.listeners.pop(text, []))
+            if error.errno == errno.EADDRINUSE and self.now < new.deadline:
+                self.due(self.now + 0.05)       # an old worker may be about to let go of it: once more
                 return
-            return self.roll_back(str(new.config.ini.wrong("server:main", key, f"{text}: {reason_of(error)}")))
-        new.borrowed = {address.text for address in new.config.listen if self.adopted.keys() & set(address.binds)}
+            return self.roll_back(f"{new.config.ini.path}: [server:main] listen: {text}: {reason_of(error)}")
         new.deadline = self.now + new.config.boot_timeout
         new.children = [Child(new, number) for number in range(new.config.workers)]
 
@@ -1663,18 +1615,19 @@ class Master:
         """Every new worker is ready, and none has accepted anything. What can fail comes first."""
         if not new.config.listen:       # --check
             self.status = 0
-            return self.roll_back(f"{new.config.target}: good", 0)
+            return self.roll_back(f"{new.config.ini.target}: good", 0)
+        text = new.config.pidfile
         try:
-            logs = open_logs(new.config)
+            claim_pidfile(new.config.pidfile)
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
                     if listener.file and not os.path.samestat(os.stat(listener.file[0]), listener.file[1]):
                         raise OSError(errno.EADDRINUSE, "another master has taken its place")
                     listener.listen(new.config.backlog)
+            use_logs(new.config)
         except OSError as error:
             return self.roll_back(f"{new.config.ini.path}: {error.filename or text}: {reason_of(error)}")
         self.current, self.upcoming = new, None
-        use_logs(new.config, logs)
         self.tend()     # says "go"; no place is vacant
         self.dismiss(old, new)
         workers = f"{new.config.workers} worker{'s' * (new.config.workers > 1)}"
@@ -1696,17 +1649,17 @@ class Master:
         dropped = generation.listeners.keys() - heir.listeners.keys()
         for text in dropped:
             close_listeners(generation.listeners[text])
-        if generation.pidfile is not heir.pidfile:
-            release_pidfile(generation)
+        if generation.config.pidfile != heir.config.pidfile:
+            release_pidfile(generation.config.pidfile)
         for child in self.children.values():
-            if child.generation is generation and child.life != Life.DRAINING:      # who drains is not told again
-                self.order(child, dropped - generation.borrowed if child.life == Life.SERVING else ())
+            if child.generation is generation and child.life != DRAINING:       # who drains is not told again
+                self.order(child, dropped - generation.borrowed)
 
     def order(self, child, dropped=()):
         """On the line, with what a signal cannot say; then the signal."""
         child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)
-        os.kill(child.pid, signal.SIGKILL if child.life == Life.BOOTING else signal.SIGHUP)
-        child.life = Life.DRAINING
+        os.kill(child.pid, signal.SIGKILL if child.life == BOOTING else signal.SIGHUP)
+        child.life = DRAINING
 
     def conclude(self, level, outcome):
         """Whatever has become of a SIGHUP: systemd waits for it."""
@@ -1720,13 +1673,15 @@ class Master:
                 sock.sendto(os.fsencode("\n".join(lines)), socket.MSG_DONTWAIT, re.sub("^@", "\0", self.notify_socket))
 
     def announce(self, workers):
-        config, places = self.current.config, []
+        """The first line, which says the port even where the system has chosen it."""
+        places = []
         for text, (listener, *_) in self.current.listeners.items():
             if listener.family != socket.AF_UNIX:
-                text = f"http{'s' * bool(config.tls)}://{text.rpartition(':')[0]}:{listener.getsockname()[1]}"
+                scheme = "https" if self.current.config.tls else "http"
+                text = f"{scheme}://{text.rpartition(':')[0]}:{listener.getsockname()[1]}"
             places.append(text)
-        tell(f"serving {config.target} on {' '.join(places)} with {workers}; "
-                 f"to reload it: kill -HUP {os.getpid()}", 0)
+        tell(f"serving {self.current.config.ini.target} on {' '.join(places)} with {workers}; "
+             f"to reload it: kill -HUP {os.getpid()}", 0)
 
     # Spawn
 
@@ -1734,15 +1689,15 @@ class Master:
         """Look at every place: fork for the vacant, end what never becomes ready, send the ready to work."""
         for generation in filter(None, (self.current, self.upcoming)):
             for child in generation.children:
-                if child.life == Life.VACANT and self.due(max(child.fork_at, self.fork_at)):
+                if child.life == VACANT and self.due(max(child.fork_at, self.fork_at)):
                     self.spawn(child)
-                elif child.life == Life.BOOTING and self.due(child.born + generation.config.boot_timeout):
-                    child.said.setdefault("failed", [1, "it was not ready within boot_timeout"])
+                elif child.life == BOOTING and self.due(child.born + generation.config.boot_timeout):
+                    child.said.setdefault("failed", [1, f"worker {child.number} was not ready within boot_timeout"])
                     os.kill(child.pid, signal.SIGKILL)
-                elif child.life == Life.READY and generation is self.current:
+                elif child.life == READY and generation is self.current:
                     child.line.say("go")
-                    child.life = Life.SERVING
-                elif child.life == Life.SERVING and "leaving" in child.said:
+                    child.life = SERVING
+                elif child.life == SERVING and "leaving" in child.said:
                     child.vacate(self.now)
                     self.order(child)
                     self.alarm = self.now
@@ -1757,15 +1712,14 @@ class Master:
             child.pid = os.fork()
             if not child.pid:
                 self.become_worker(child, theirs)       # does not return
+            theirs.sock.close()
+            self.fork_at, child.born, child.life = 0.0, self.now, BOOTING
+            self.children[child.pid] = child
         except OSError as error:
-            if self.fork_at < self.now - PAUSE:     # the first time
+            if not self.fork_at:
                 log.error("cannot start a worker: %s; trying again every %g s", reason_of(error), PAUSE)
             self.fork_at = self.now + PAUSE
             self.due(self.fork_at)
-        else:
-            theirs.sock.close()
-            self.fork_at, child.born, child.life = 0.0, self.now, Life.BOOTING
-            self.children[child.pid] = child
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -1774,7 +1728,6 @@ class Master:
         try:
             spare = [self.bell, *self.adopted.values(), *(each.line.sock for each in (child, *self.children.values()))]
             for other in filter(None, (self.current, self.upcoming)):
-                spare += [other.pidfile] if other.pidfile else []
                 for text in other.listeners.keys() - child.generation.listeners.keys():
                     spare += other.listeners[text]
             for each in spare:
@@ -1796,10 +1749,9 @@ class Master:
             for pid in self.children:
                 os.kill(pid, signal.SIGKILL)
             return
-        why = "the terminal is gone" if signum == signal.SIGHUP else signal.Signals(signum).name
-        log.info("%s: stopping, when every request that has begun is answered", why)
+        log.info("%s: stopping, when every request that has begun is answered", signal.Signals(signum).name)
         self.notify("STOPPING=1")
-        nothing = Generation(self.current.number, self.current.config, self.current.pidfile)
+        nothing = Generation(self.current.number, self.current.config)
         for generation in filter(None, (self.upcoming, self.current)):
             self.dismiss(generation, nothing)
         self.current, self.upcoming = nothing, None
@@ -1807,25 +1759,28 @@ class Master:
             child.line.say("drain", [], 0)      # a second order: no grace
 
 
+def pid_in(pidfile):
+    with contextlib.suppress(OSError, ValueError), open(pidfile) as file:
+        return int(file.read())
+    return 0
+
+
 def claim_pidfile(path):
-    """-> the file, open and locked: the lock, unlike the number in it, ends with its master. OSError: it is taken."""
-    with contextlib.suppress(FileNotFoundError), open(path) as other:
-        try:
-            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(errno.EEXIST, f"master {other.read().strip()} is alive") from None
-    file = open(f"{path}.{os.getpid()}", "w")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    print(os.getpid(), file=file, flush=True)
-    os.rename(file.name, path)          # whole, or not there
-    return file
+    """OSError: it cannot be written, or names a living process that is not this one."""
+    if path:
+        pid = pid_in(path)
+        with contextlib.suppress(ProcessLookupError):
+            if pid not in (0, os.getpid()):
+                os.kill(pid, 0)
+                raise OSError(errno.EEXIST, f"process {pid} is alive", path)
+        with open(f"{path}.{os.getpid()}", "w") as file:
+            print(os.getpid(), file=file)
+        os.rename(file.name, path)      # whole, or not there
 
 
-def release_pidfile(generation):
-    if generation.pidfile:
-        with generation.pidfile as file, contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(generation.config.pidfile), os.fstat(file.fileno())):
-                os.unlink(generation.config.pidfile)
+def release_pidfile(path):
+    if pid_in(path) == os.getpid():
+        os.unlink(path)
 
 
 def has_terminal():
@@ -1840,13 +1795,9 @@ def has_terminal():
 
 COLUMNS = ("generation", "worker", "pid", "state", "idle", "reading", "in_flight", "served", "waits_for")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</title>
-<meta name="viewport" content="width=device-width">
 <style>
-:root { color-scheme: light dark; font: 1rem/1.5 system-ui }
-body { max-width: 60rem; margin: auto; padding: 1rem }
-table { border-collapse: collapse; width: 100%%; font-size: clamp(.6rem, 2vw, 1rem) }
-th, td { padding: .3em; border-bottom: 1px solid #8886; text-align: left; vertical-align: top }
-td:last-child { white-space: pre-line; overflow-wrap: anywhere }
+:root { color-scheme: light dark; font-family: system-ui }
+th, td { padding: .3em .6em; border-bottom: 1px solid #8886; text-align: left; white-space: pre-line }
 </style>
 <main><h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
 <table><tr><th>%(columns)s%(rows)s</table></main>
@@ -1864,8 +1815,10 @@ def status_filter(global_conf, path="/status"):
     """paste.filter_factory: at path, a page that shows all workers of all generations, live; and the same as JSON to
     whom asks for it (Accept: application/json, or ?format=json)."""
     def with_status(application):
-        return lambda environ, start_response: (
-            status if environ.get("PATH_INFO") == path else application)(environ, start_response)
+        def choose(environ, start_response):
+            chosen = status if environ.get("PATH_INFO") == path else application
+            return chosen(environ, start_response)
+        return choose
     return with_status
 
 
@@ -1916,7 +1869,7 @@ def serve(config):
     it could not start for another reason, or was stopped by force."""
     sys.modules.setdefault("hupserve", sys.modules[__name__])   # or hupserve:demo_app were a second copy
     try:
-        use_logs(config, open_logs(config))
+        use_logs(config)
         master = Master(config)
     except OSError as error:
         return tell(reason_of(error), 1)
@@ -1938,7 +1891,7 @@ def main(argv=None):
     except ConfigError as error:
         return tell(error, 2)
     if arguments.check:         # like nginx -t: a worker loads all of it, and nothing is bound
-        config = config._replace(listen=(), workers=1, pidfile="", log_file="-", access_log="off")
+        config = config._replace(listen={}, workers=1, pidfile="", log_file="-", access_log="off")
     return serve(config)
 
 
