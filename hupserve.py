@@ -540,7 +540,7 @@ SKIPPABLE = 262144          # bytes of an unread body that are skipped, if they 
 PIECE = 65536               # bytes read at once
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+;=%-]*)(?::[0-9]{0,5})?"
+AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 ABSOLUTE = re.compile(rf"https?://(?=[^:/?])({AUTHORITY})(?![^/?])/?(.*)", re.IGNORECASE)     # host, path
 FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")
@@ -550,7 +550,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?\r")
 TRAILER = re.compile(rf"(?:{FIELD.pattern})?\r".encode())
 STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
 LENGTH = re.compile("[0-9]{1,18}")
-FORGED = re.compile("[\r\n\0]")
+FORGED = re.compile(r"[^\t -~\x80-\xff]")      # in a response field, where CR LF would begin another
 
 
 class Refusal(OSError):
@@ -852,7 +852,7 @@ class Exchange(socketserver.BaseRequestHandler):
             self.fail(Refusal(500, "the application failed"))
         if self.body and self.keep:
             self.body.skip()
-        connection.keep, connection.linger = self.keep, request.keep or bool(self.body)
+        connection.keep, connection.linger = self.keep, request.keep or bool(self.body) or self.sent > PIECE
         if config.access_log != "off":
             log_access(connection, self.status[:3], self.sent)
 
@@ -921,9 +921,6 @@ class Exchange(socketserver.BaseRequestHandler):
         self.sent += len(data)
         if self.chunked and data:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        if len(data) > PIECE:       # too much to copy
-            self.send(head)
-            head = b""
         self.send(head + data)
 
     def wait(self, event):

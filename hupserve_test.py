@@ -630,6 +630,8 @@ def do_hop(environ, start_response):
 # What it may not.
 def do_crlf(environ, start_response):
     return text(start_response, "x", ("X-Bad", "a\r\nX-Injected: b"))
+def do_control(environ, start_response):
+    return text(start_response, "x", ("X-Bad", "a\x01b"))
 def do_crlfname(environ, start_response):
     return text(start_response, "x", ("X-Bad: a\r\nX-Injected", "b"))
 def do_crlfstatus(environ, start_response):
@@ -932,7 +934,7 @@ def test_6_a_TERM_is_heard_in_a_flood_of_HUPs(serve):
 
 
 def test_6_HUPs_during_a_reload_are_remembered_once(serve):
-    """Guards: a flag is not a queue; and it is looked at when a reload ends, not when something else wakes the master."""
+    """Guards: a flag is not a queue; it is looked at when a reload ends, not when something else wakes the master."""
     server = serve(workers=1)
     server.hold("held")  # the old worker stays
     server.write_app(GATE + APPLICATION)
@@ -1124,6 +1126,17 @@ def test_11_no_answer_is_lost_to_a_reset_of_our_own(serve, what):
             answer = client.send(head.replace("|", "\r\n").encode() + rest).answer()
             assert answer.status == status and len(answer.body) >= size
             assert client.ended()
+
+
+def test_11_nor_to_what_comes_after_the_last_answer(serve):
+    """Guards: a long answer, most of which is still on its way, is not the end of the connection."""
+    server = serve(access_log="-")
+    with Client(server.port, receive_buffer=4096) as client:
+        client.request("GET", "/big?320000", b"", "Connection: close")
+        server.wait_log("GET /big")
+        until(lambda: client.send(b"too late") and server.get("/").status == 200 and "GET / " in server.log())
+        client.send(b"and later")
+        assert len(client.answer().body) == 320000
 
 
 def test_11_but_discards_for_two_seconds_at_most(serve):
@@ -1729,6 +1742,7 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("a Host with a bad port", "GET / HTTP/1.1|Host: a:b||", 400, CLOSED),
     ("a Host that is an address", "GET / HTTP/1.1|Host: [::1]:80||", 200, OPEN, {"HTTP_HOST": "[::1]:80"}),
     ("half an address", "GET / HTTP/1.1|Host: [::1||", 400, CLOSED),
+    ("half an encoding", "GET / HTTP/1.1|Host: a%2||", 400, CLOSED),
 
     # RFC 9112 5: fields
     ("white space around a value", f"GET / {HOST}X: \t b \t||", 200, OPEN, {"HTTP_X": "b"}),
@@ -1945,8 +1959,8 @@ RESPONSES = [  # the path, the status, the body
     ("/close", 200, b"closing"),
     ("/hop", 200, b"hop"),
     # what it may not: nothing of it has been sent, so it becomes a 500
-    *((f"/{mistake}", 500, None) for mistake in ("crlf", "crlfname", "crlfstatus", "raise", "nothing", "twice", "none",
-                                                 "str", "sysexit")),
+    *((f"/{mistake}", 500, None) for mistake in ("crlf", "control", "crlfname", "crlfstatus", "raise", "nothing",
+                                                 "twice", "none", "str", "sysexit")),
     # something has been sent: the surplus never is, and what is missing must be seen to be missing
     ("/surplus", 200, b"hello"),
     ("/surpluswrite", 200, b"hello"),
