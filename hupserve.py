@@ -67,6 +67,7 @@ import struct
 import sys
 import threading
 import time
+import types
 import urllib.parse
 import wsgiref.util
 from typing import Any, NamedTuple, Optional
@@ -547,7 +548,9 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 ABSOLUTE = re.compile(rf"https?://(?=[^:/?])({AUTHORITY})(?![^/?])/?(.*)", re.IGNORECASE)     # host, path
 FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")
 DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")         # in a head: NUL, bare LF, bare CR
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?")
+EMPTY = re.compile(rb"\r")                                   # a line as it is cut off at its LF, as the next two
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?\r")
+TRAILER = re.compile(rf"(?:{FIELD.pattern})?\r".encode())
 STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
 LENGTH = re.compile("[0-9]{1,18}")
 FORGED = re.compile("[\r\n\0]")
@@ -723,87 +726,85 @@ class Connection:
 
 class Body(io.RawIOBase):
     """A request body as it comes off the connection, for wsgi.input (RFC 9112 sections 6 and 7.1), in a BufferedReader,
-    which knows how to read, readline and iterate. Never reads beyond the body's end. Raises Refusal where nothing comes
-    in time; and, from then on always, where it is malformed, too long or cut short."""
-    ended = False               # has its end been found?
-    stash = b""                 # decoded, and not yet read by the application
+    which knows how to read, readline and iterate. Never reads beyond its end. Raises Refusal, and then always, where it
+    is malformed, too long or cut short, or nothing comes for io_timeout seconds."""
+    size = 0                    # bytes in the chunks so far
+    refusal: Any = None
 
     def __init__(self, exchange):
-        self.exchange, self.connection, self.config = exchange, exchange.request, exchange.server.config
-        self.pieces = self.decode(self.connection.request.length)
-        self.invites = self.connection.request.expect and not self.connection.buffer
+        self.exchange, self.connection, request = exchange, exchange.request, exchange.request.request
+        self.chunked = request.length is None       # and the last chunk has not come
+        self.left = request.length or 0             # bytes of it, or of its chunk, that are not read
+        self.invites = request.expect and not self.connection.buffer
 
     def readable(self):
         return True
 
     def readinto(self, target):
-        data = self.stash or self.piece(self.config.io_timeout)
-        count = min(len(target), len(data))
-        target[:count], self.stash = data[:count], data[count:]
+        try:
+            if self.refusal:
+                raise self.refusal
+            if self.chunked and not self.left:
+                self.begin_chunk()
+            if self.left and not self.connection.buffer:
+                self.fill()
+        except Refusal as refusal:
+            self.refusal = refusal
+            raise
+        count = min(len(target), self.left, len(self.connection.buffer))
+        target[:count], self.connection.buffer = self.connection.buffer[:count], self.connection.buffer[count:]
+        self.left -= count
         return count
 
-    def arrived(self):
-        """Has all of it arrived? What has, up to SKIPPABLE bytes, is kept for the application."""
-        stash = bytearray(self.stash)
-        with contextlib.suppress(OSError):
-            while len(stash) <= SKIPPABLE and (data := self.piece(0)):
-                stash += data
-        self.stash = bytes(stash)
-        return self.ended
+    def begin_chunk(self):
+        if self.size:       # an empty line ends the one before
+            self.line(EMPTY, 1)
+        self.left = int(self.line(CHUNK_LINE)[1], 16)
+        self.size += self.left
+        if 0 < self.exchange.server.config.max_body < self.size:
+            raise Refusal(413, f"more than {self.exchange.server.config.max_body} bytes")
+        if not self.left:   # the last: trailers, which must be well-formed and are discarded, and an empty line
+            for _ in range(MAX_FIELDS):
+                if self.line(TRAILER)[0] == b"\r":
+                    self.chunked = False
+                    return
+            raise Refusal(431, f"more than {MAX_FIELDS} trailers")
 
-    def piece(self, seconds):
-        """-> the next bytes, or b'' at the end. Waits for so many seconds at most, having invited them if need be."""
-        for data in self.pieces:
-            if data:
-                return data
-            came = self.connection.receive()
-            if came is None:
-                if seconds and self.invites and not self.exchange.head_sent:
-                    self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-                self.exchange.wait(select.POLLIN, seconds)
-            elif not came:
-                raise Refusal(400, "the body was cut short")
+    def line(self, pattern, limit=MAX_LINE):
+        """Take a line of at most limit bytes off the buffer -> its match."""
+        while b"\n" not in self.connection.buffer and len(self.connection.buffer) <= limit:
+            self.fill()
+        line, _, self.connection.buffer = self.connection.buffer.partition(b"\n")
+        match = pattern.fullmatch(line)
+        if not match or len(line) > limit:
+            raise Refusal(400, "malformed chunk")
+        return match
+
+    def fill(self):
+        """Wait for input, having invited it if need be."""
+        while (came := self.connection.receive()) is None:
+            if self.invites and not self.exchange.head_sent:
+                self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.invites = False
-        if not self.ended:
-            raise Refusal(400, "the body is malformed or too long")     # as has been said once
-        return b""
+            self.exchange.wait(select.POLLIN)
+        if not came:
+            raise Refusal(400, "the body was cut short")
 
-    def decode(self, length):
-        """Yields the pieces of so many bytes, or of chunks (None); b'' where it needs more input."""
-        if length is not None:
-            yield from self.take(length)
-        else:
-            total, size, trailers = 0, None, b""
-            while size != 0:
-                match = CHUNK_LINE.fullmatch((yield from self.line(MAX_LINE)))
-                if not match:
-                    raise Refusal(400, "malformed chunk size")
-                size = int(match[1], 16)
-                total += size
-                if 0 < self.config.max_body < total:
-                    raise Refusal(413, f"more than {self.config.max_body} bytes")
-                yield from self.take(size)      # an empty line ends each, and the last has trailers before it
-                while line := (yield from self.line(0 if size else MAX_HEAD - len(trailers))):
-                    trailers += line + b"\r\n"
-            collect(trailers)       # they must be well-formed, and are discarded
-        self.ended = True
+    def skip(self):
+        """Read on -> was the end found?"""
+        with contextlib.suppress(Refusal):
+            while self.readinto(bytearray(PIECE)):
+                pass
+        return not self.chunked and not self.left
 
-    def take(self, left):
-        while left:
-            data, self.connection.buffer = self.connection.buffer[:left], self.connection.buffer[left:]
-            left -= len(data)
-            yield data
-
-    def line(self, limit):
-        """Returns a line of at most limit bytes, without its CRLF."""
-        while True:
-            line, found, rest = self.connection.buffer.partition(b"\n")
-            if len(line) > limit + 1 or found and line[-1:] != b"\r":
-                raise Refusal(400, "malformed chunk")
-            if found:
-                self.connection.buffer = rest
-                return line[:-1]
-            yield b""
+    def arrived(self):
+        """Is what is not read yet here, so that it can be skipped? Tried on a copy: the application may yet read it."""
+        while len(self.connection.buffer) < SKIPPABLE and self.connection.receive():
+            pass
+        trial = Body(self.exchange)
+        trial.__dict__.update(vars(self), connection=types.SimpleNamespace(
+            buffer=self.connection.buffer, receive=lambda: False))
+        return trial.skip()
 
 
 @functools.lru_cache(maxsize=128)
@@ -852,7 +853,9 @@ class Exchange(socketserver.BaseRequestHandler):
         except BaseException:           # sys.exit() in a request is the application's error, too
             log.exception("%s: %s", connection.client, escaped(request.line))
             self.fail(Refusal(500, "the application failed"))
-        connection.keep, connection.linger = self.keep, request.keep or bool(self.body and not self.body.arrived())
+        if self.body and self.keep:
+            self.body.skip()
+        connection.keep, connection.linger = self.keep, request.keep or bool(self.body)
         if config.access_log != "off":
             log_access(connection, self.status[:3], self.sent)
 
@@ -926,10 +929,10 @@ class Exchange(socketserver.BaseRequestHandler):
             head = b""
         self.send(head + data)
 
-    def wait(self, event, seconds):
+    def wait(self, event):
         """Until the socket can be read (POLLIN) or written (POLLOUT). Raises Refusal: it took too long."""
-        if not ready(self.request.sock, event, seconds):
-            raise Refusal(408, f"no progress for {seconds:g} s")
+        if not ready(self.request.sock, event, self.server.config.io_timeout):
+            raise Refusal(408, f"no progress for {self.server.config.io_timeout:g} s")
 
     def send(self, data):
         """All of the bytes. Raises Refusal where the client is gone, or takes nothing for io_timeout seconds."""
@@ -937,7 +940,7 @@ class Exchange(socketserver.BaseRequestHandler):
             try:
                 sent = self.request.sock.send(data)
             except WOULD_BLOCK:
-                self.wait(select.POLLOUT, self.server.config.io_timeout)
+                self.wait(select.POLLOUT)
             except OSError as error:
                 raise Refusal(408, f"client gone: {reason_of(error)}") from None
             else:
@@ -1036,6 +1039,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.expire()
             self.resume_accepting()
             self.dispatch()
+            self.explain()
             self.report()
         self.still.release()
 
@@ -1068,6 +1072,14 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         if facts != self.facts:
             self.facts, self.report_at = facts, self.now + 0.02
             scoreboard.write(self.slot, facts)
+
+    def explain(self):
+        """What every operator asks: why is the old worker still there?"""
+        if self.now >= self.explain_at:
+            self.explain_at, oldest = self.now + DRAIN_REPORT, next(iter(self.rooms[IN_FLIGHT]), None)
+            log.info("still draining: %d in flight, %d other connections%s", self.in_flight,
+                     self.count - self.in_flight, f"; the oldest: {oldest.client} "
+                     f"{escaped(without_query(oldest.line))} for {self.now - oldest.since:.0f} s" if oldest else "")
 
     # Orders
 
@@ -1158,8 +1170,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 return True     # that client is gone again
             # The kernel has no descriptor to give; and it may have nobody to give it to.
             return ready(listener, select.POLLIN, 0) and self.make_room(error)
-        if self.count >= self.config.connections and self.life == SERVING:
-            self.evict()
+        while self.count >= self.config.connections and self.life == SERVING and self.evict():
+            pass
         self.accept_at, self.count = 0.0, self.count + 1
         host, port = address[:2] if isinstance(address, tuple) else ("", "")
         base = {**self.listeners[listener][1], "REMOTE_ADDR": host, "REMOTE_PORT": str(port)}
@@ -1328,41 +1340,28 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.count -= 1
         connection.sock.close()
 
-    def retire(self, connection):
-        """Close an idle connection -> was it idle? It is read once more just before: a request that has come by now is
-        answered, and the moment in which one can be missed is one system call long."""
-        if connection.receive():
-            self.advance(connection)
-        idle = connection.state <= IDLE
-        if idle:
-            self.close(connection)
-        return idle
-
     def evict(self, seconds=0):
-        """Close the connection that has been idle longest, and so for these seconds at least -> was there one?"""
-        while idle := [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]:
-            oldest = min(idle, key=operator.attrgetter("since"))
-            if oldest.since > self.now - seconds:
-                break
-            if self.retire(oldest):
-                return True
-        return False
+        """Close the connection that has been idle longest, and so for these seconds at least, unless its next request
+        is there by now -> was there one?"""
+        idle = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
+        oldest = min(idle, key=operator.attrgetter("since"), default=None)
+        if not oldest or oldest.since > self.now - seconds:
+            return False
+        oldest.deadline = self.now
+        self.expire()
+        return True
 
     def expire(self):
-        """Whatever is due."""
-        if self.now >= self.explain_at:     # what every operator asks: why is the old worker still there?
-            self.explain_at, oldest = self.now + DRAIN_REPORT, next(iter(self.rooms[IN_FLIGHT]), None)
-            log.info("still draining: %d in flight, %d other connections%s", self.in_flight,
-                     self.count - self.in_flight, f"; the oldest: {oldest.client} "
-                     f"{escaped(without_query(oldest.line))} for {self.now - oldest.since:.0f} s" if oldest else "")
+        """End what is due. An idle connection is read once more just before: a request that has come by now is
+        answered, and the moment in which one can be missed is one system call long."""
         for room in self.rooms:
             while room and next(iter(room)).deadline <= self.now:
                 connection = next(iter(room))
-                if connection.state <= IDLE:
-                    self.retire(connection)
-                elif connection.state < WAITING:
+                if connection.state <= IDLE and connection.receive():
+                    self.advance(connection)
+                if connection in room and connection.state in (READING, RECEIVING):
                     self.refuse(connection, Refusal(408, "the request took too long to arrive"))
-                else:
+                elif connection in room:
                     self.close(connection)
 
     # When the application forks, as multiprocessing does
