@@ -260,7 +260,7 @@ class Ini:
             for key, (default, read, *limits) in KEYS.items():
                 text = texts.get(key, default)
                 values[key] = read(text, *limits)
-            key, text = "certfile", f"{values['certfile']} with keyfile {values['keyfile']}"    # errors name neither
+            key, text = "certfile", f"{values['certfile']} {values['keyfile']}".strip()     # errors name neither
             values["tls"] = tls_context(values["certfile"], values["keyfile"])
         except (ValueError, OSError) as error:
             raise ValueError(f"[server:main] {key}: {text!r}: {reason_of(error)}") from None
