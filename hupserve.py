@@ -260,7 +260,7 @@ class Ini:
             for key, (default, read, *limits) in KEYS.items():
                 text = texts.get(key, default)
                 values[key] = read(text, *limits)
-            key, text = "certfile", f"{values['certfile']} with keyfile {values['keyfile']}"    # errors name neither
+            key, text = "certfile", f"{values['certfile']} {values['keyfile']}".strip()     # errors name neither
             values["tls"] = tls_context(values["certfile"], values["keyfile"])
         except (ValueError, OSError) as error:
             raise ValueError(f"[server:main] {key}: {text!r}: {reason_of(error)}") from None
@@ -410,7 +410,8 @@ def bind(listener, host, port):
 
 
 def close_listeners(listeners):
-    """In the master. The file of a unix socket goes first, so that nobody connects any more."""
+    """In the master. The file of a unix socket goes first, so that nobody connects any more. shutdown() would end it in
+    the workers, too; after close() their copies stay, and the clients that are queued."""
     for listener in listeners:
         with contextlib.suppress(OSError):
             if listener.file and os.path.samestat(os.stat(listener.file[0]), listener.file[1]):
@@ -422,7 +423,8 @@ def adopt():
     """systemd's sockets (sd_listen_fds(3)) -> {(family, host or path, port): Listener}."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     adopted = {}
-    for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) else ():
+    inherited = range(3, 3 + int(count)) if pid == str(os.getpid()) else ()
+    for fd in inherited:
         listener = Listener(fileno=fd)
         listener.set_inheritable(False)
         listener.setblocking(False)
@@ -462,7 +464,8 @@ class Bell:
         self.reader, self.writer = io.FileIO(reader, "r"), io.FileIO(writer, "w")
         for end in reader, writer:
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)     # in a worker, instead of the master's
+        # A worker inherits the master's: until it has its own here, its signals would ring the master's bell.
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.fileno = self.reader.fileno
 
     def hang(self, signals):
@@ -1526,7 +1529,7 @@ class Master:
 
     def wait(self):
         """Until there is a signal or word from a worker, or something is due."""
-        poll = select.poll()
+        poll = select.poll()        # an epoll would be shared with the children: one that unregisters deafens us
         for source in (self.bell, *(child.line for child in self.children.values() if not child.line.ended)):
             poll.register(source, select.POLLIN)
         poll.poll(max(0, self.alarm - time.monotonic()) * 1000)
@@ -1645,7 +1648,8 @@ class Master:
             self.stops, self.status = 1, tell(reason, max(status, self.status))
 
     def dismiss(self, generation, heir):
-        """Close what only this generation has, then tell its workers, who are the last to have it."""
+        """Close what only this generation has, then tell its workers. In this order: they let in whoever is queued at
+        an address and close its last copy; were ours still open, more would queue there, to be reset by its close."""
         dropped = generation.listeners.keys() - heir.listeners.keys()
         for text in dropped:
             close_listeners(generation.listeners[text])
@@ -1656,7 +1660,8 @@ class Master:
                 self.order(child, dropped - generation.borrowed)
 
     def order(self, child, dropped=()):
-        """On the line, with what a signal cannot say; then the signal."""
+        """On the line, with what a signal cannot say; then the signal, which so finds the order there. If the worker is
+        dead already, its pid is nobody else's: it stays a zombie's, who takes signals, until reap()."""
         child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)
         os.kill(child.pid, signal.SIGKILL if child.life == BOOTING else signal.SIGHUP)
         child.life = DRAINING
@@ -1769,7 +1774,7 @@ def claim_pidfile(path):
     """OSError: it cannot be written, or names a living process that is not this one."""
     if path:
         pid = pid_in(path)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, OverflowError):    # no pid is that large
             if pid not in (0, os.getpid()):
                 os.kill(pid, 0)
                 raise OSError(errno.EEXIST, f"process {pid} is alive", path)
@@ -1779,8 +1784,9 @@ def claim_pidfile(path):
 
 
 def release_pidfile(path):
-    if pid_in(path) == os.getpid():
-        os.unlink(path)
+    with contextlib.suppress(OSError):
+        if pid_in(path) == os.getpid():     # if not, it has become another master's
+            os.unlink(path)
 
 
 def has_terminal():
