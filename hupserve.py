@@ -164,10 +164,10 @@ def overlap(binds, others):
 
 def number(text, low, high):
     """A whole number, if its limits are whole; else seconds, which may have a fraction."""
-    value = type(low)(text)
-    if not low <= value <= high:        # which is so of nan, too
-        raise ValueError(f"not between {low} and {high:.16g}")
-    return value
+    kind, form = (int, "[0-9]{1,16}") if isinstance(low, int) else (float, r"[0-9]{1,9}(\.[0-9]{1,9})?")
+    if not re.fullmatch(form, text) or not low <= kind(text) <= high:
+        raise ValueError(f"not a {'whole ' * (kind is int)}number between {low} and {high:.16g}")
+    return kind(text)
 
 
 def level(text):
@@ -348,14 +348,17 @@ def load_with_paste(ini):
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
-    """Follows rotation. A full disk costs log lines, never requests."""
+    """Follows rotation. A full disk costs log lines, never requests: one line on stderr says so."""
 
     def emit(self, record):
-        with contextlib.suppress(OSError):      # it could not be opened again
+        try:
             super().emit(record)
+        except OSError:         # it could not be opened again
+            self.handleError(record)
 
     def handleError(self, record):
-        pass
+        self.handleError = lambda record: None      # type: ignore[method-assign]
+        tell(f"{self.baseFilename}: {reason_of(sys.exc_info()[1])}", 0)
 
 
 def use_logs(config):
@@ -1079,7 +1082,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                      f"{escaped(without_query(oldest.line))} for {self.now - oldest.since:.0f} s" if oldest else "")
 
     # Orders
-
     def obey(self):
         for signum in self.bell.answer():
             self.hear()     # an order is written before its SIGHUP is sent: it is there by now
@@ -1124,7 +1126,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             connection.deadline = min(connection.deadline, self.now + grace)
 
     # Accept
-
     def may_accept(self):
         """Is a thread free (if not, others get the newcomers), and a place, or somebody idle who makes one?"""
         return self.in_flight < self.config.threads and (
@@ -1199,7 +1200,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 "hupserve.generation": self.generation.number, "hupserve.worker": self.number}
 
     # Move, and read
-
     def move(self, connection, state, seconds=FOREVER):
         """To a state, which it has to leave within so many seconds: where there is a limit, input is awaited. In one
         state all are given the same time, so that the first in a room is the first that is due."""
@@ -1262,7 +1262,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.close(connection, linger=True)
 
     # Dispatch, and take back
-
     def dispatch(self):
         """Complete requests to free threads, first come, first served. One thread is woken for all of them: threads
         that run Python take turns anyway, and every switch costs."""
@@ -1319,7 +1318,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.park(connection)
 
     # Close, and expire
-
     def close(self, connection, linger=False):
         """linger: shut only the sending side, and discard what still comes until the client ends, too. Closing a socket
         with unread input sends a reset, which can overtake the answer (RFC 9112 section 9.6)."""
@@ -1362,7 +1360,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                     self.close(connection)
 
     # When the application forks, as multiprocessing does
-
     def before_fork(self):
         """Not while a socket is on its way from one room to another, or just accepted, for the child would keep it
         open; and a TERM to the child has to wait until disown() is done."""
@@ -1509,8 +1506,9 @@ class Master:
         self.bell.hang(MASTER_SIGNALS)
         self.children: dict = {}        # {pid: Child}, of all generations
         # The one that serves, and the one that a reload prepares. The start is a reload, too: from nothing.
-        self.current = Generation(0, config._replace(listen={}, pidfile=""))
-        self.upcoming: Any = Generation(1, config, self.adopted)
+        self.numbers = itertools.count()
+        self.current = Generation(next(self.numbers), config._replace(listen={}, pidfile=""))
+        self.upcoming: Any = Generation(next(self.numbers), config, self.adopted)
 
     def run(self):
         """-> exit status. Each step looks at what is and does what is due; only wait() waits."""
@@ -1543,7 +1541,6 @@ class Master:
         return when <= self.now
 
     # What comes from the operator, and from below
-
     def obey(self):
         for signum in self.bell.answer():
             if signum in STOPS or signum == signal.SIGHUP and self.terminal and not self.stops and not has_terminal():
@@ -1573,7 +1570,6 @@ class Master:
             log.error("%s; it is replaced in %g s", reason, child.vacate(self.now))
 
     # The reload: bind, boot, commit or roll back
-
     def advance(self):
         """Move the reload on, as far as it goes. A SIGHUP that came in its midst was remembered, once, and is next."""
         new = self.upcoming
@@ -1591,7 +1587,7 @@ class Master:
                 config = read_config(self.current.config.ini.target)
             except ConfigError as error:
                 return self.conclude(logging.ERROR, f"reload refused: {error}")
-            self.upcoming, self.alarm = Generation(self.current.number + 1, config, self.adopted), 0.0
+            self.upcoming, self.alarm = Generation(next(self.numbers), config, self.adopted), 0.0
 
     def bind(self, new, old):
         """Keep the very sockets of the addresses that stay, with the clients queued on them; bind the new ones. Then
@@ -1689,7 +1685,6 @@ class Master:
              f"to reload it: kill -HUP {os.getpid()}", 0)
 
     # Spawn
-
     def tend(self):
         """Look at every place: fork for the vacant, end what never becomes ready, send the ready to work."""
         for generation in filter(None, (self.current, self.upcoming)):
@@ -1744,7 +1739,6 @@ class Master:
             leave(1)
 
     # Stop
-
     def stop(self, signum):
         """Gracefully: a reload to nothing but the pidfile. The second time at once."""
         self.stops += 1
