@@ -855,7 +855,8 @@ class Exchange(socketserver.BaseRequestHandler):
             self.fail(refusal)
         except BaseException:           # sys.exit() in a request is the application's error, too
             log.exception("%s: %s", connection.client, escaped(request.line))
-            self.fail(Refusal(500, "the application failed"))
+            if not self.head_sent or self.left != 0:        # if so, the answer is whole, and another may follow
+                self.fail(Refusal(500, "the application failed"))
         if self.body and self.keep:
             self.body.skip()
         connection.keep, connection.linger = self.keep, request.keep or bool(self.body) or self.sent > PIECE
@@ -866,8 +867,11 @@ class Exchange(socketserver.BaseRequestHandler):
         try:
             if not (isinstance(result, wsgiref.util.FileWrapper) and self.send_file(result.filelike)):
                 whole = isinstance(result, (list, tuple)) and len(result) == 1
-                for data in filter(None, result):
-                    self.write(data, whole)
+                for data in result:
+                    if data and self.head_sent and self.left == 0:
+                        break       # it would never reach the wire, and may never end
+                    if data != b"":
+                        self.write(data, whole)
                 if not self.head_sent:
                     self.send(self.head(0))
             if self.chunked:
@@ -921,13 +925,12 @@ class Exchange(socketserver.BaseRequestHandler):
         if not isinstance(data, bytes):
             raise TypeError(f"the application gave {type(data).__name__}, not bytes")
         head = b"" if self.head_sent else self.head(len(data) if whole else None)
-        if self.left is not None:
-            data = data[:self.left]
-            self.left -= len(data)
+        data = data[:self.left]     # or all of it
+        framed = b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data
+        self.send(head + framed)
         self.sent += len(data)
-        if self.chunked and data:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        self.send(head + data)
+        if self.left is not None:
+            self.left -= len(data)
 
     def wait(self, event):
         """Until the socket can be read (POLLIN) or written (POLLOUT). Raises Refusal: it took too long."""
@@ -950,7 +953,7 @@ class Exchange(socketserver.BaseRequestHandler):
 
     def send_file(self, file):
         """From where it stands to its end -> False: it has to be read. (A GzipFile's descriptor is no plain file's.)"""
-        sock, plain = self.request.sock, isinstance(getattr(file, "raw", file), io.FileIO)
+        sock, plain = self.request.sock, type(getattr(file, "raw", file)) is io.FileIO
         if not plain or self.head_sent or self.request.tls or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return False
         start = file.tell()

@@ -651,6 +651,13 @@ def do_raisemidway(environ, start_response):
     ok(start_response)
     yield b"one "
     raise ValueError("the application's own mistake")
+def do_emptystr(environ, start_response):
+    ok(start_response)
+    return [""]
+def do_raiseatend(environ, start_response):
+    ok(start_response, ("Content-Length", "4"))
+    yield b"all "
+    raise ValueError("the application's own mistake")
 def do_late(environ, start_response):
     ok(start_response)
     yield b"one "
@@ -1960,10 +1967,11 @@ RESPONSES = [  # the path, the status, the body
     ("/hop", 200, b"hop"),
     # what it may not: nothing of it has been sent, so it becomes a 500
     *((f"/{mistake}", 500, None) for mistake in ("crlf", "control", "crlfname", "crlfstatus", "raise", "nothing",
-                                                 "twice", "none", "str", "sysexit")),
+                                                 "twice", "none", "str", "emptystr", "sysexit")),
     # something has been sent: the surplus never is, and what is missing must be seen to be missing
     ("/surplus", 200, b"hello"),
     ("/surpluswrite", 200, b"hello"),
+    ("/raiseatend", 200, b"all "),
     *((path, 200, "cut") for path in ("/short", "/file?999995,10", "/raisemidway", "/late")),
 ]
 
@@ -2016,11 +2024,12 @@ def test_response_iterables_are_closed_in_any_case(shared):
         client.request("GET", "/endless?gone")
         client.more()
     with shared.connect() as client:
-        client.request("HEAD", "/closing?head")
-        client.answer("HEAD")
+        for path in ("/closing?head", "/endless?never-ends"):
+            client.request("HEAD", path)
+            client.answer("HEAD")
     (shared.folder / "file.closed").unlink(missing_ok=True)
     shared.get("/filelike")
-    for name in ("at-the-end", "gone", "head", "file"):
+    for name in ("at-the-end", "gone", "head", "never-ends", "file"):
         until(lambda: shared.log(f"{name}.closed") == "closed\n")
     assert "Traceback" not in shared.log()[since:]
 
