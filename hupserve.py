@@ -24,7 +24,7 @@ A reload. A generation is the workers started from one reading of the configurat
                   a mistake found up to here is a roll-back: nothing has changed
 
     signal        to the master                          to a worker
-    HUP           reload                                 drain if the master ordered it, else a log line
+    HUP           reload (its terminal is gone: stop)    drain if the master ordered it, else a log line
     TERM, QUIT    stop when every request is answered    ask for a replacement, drain and leave
     INT           as TERM, without grace for the idle    nothing: the master speaks for it
     USR1          nothing: logs follow their rotation    nothing
@@ -80,8 +80,8 @@ access_log = logging.getLogger("hupserve.access")
 # ---- Words: the states, each listed once, and who moves what on which event ------------------------
 
 class State(enum.IntEnum):
-    """Where a connection is. The worker's main thread alone moves it, in Worker.move(): as far as WAITING whenever
-    something comes, and as that allows. Its deadline, or its client's end, takes it away from all but the threads."""
+    """Where a connection is; Worker.move() alone changes it. Input takes it as far towards WAITING as it reaches. In
+    WAITING and IN_FLIGHT nothing else ends it; in the others its deadline or its client's end closes it."""
     NEW = 0         # nothing of a first request has come (nor all of a TLS handshake)
     IDLE = 1        # kept alive, and nothing of a next request has come
     READING = 2     # a part of a head has come
@@ -96,8 +96,8 @@ class Life(enum.IntEnum):
     VACANT = 0      # to be forked                    -> BOOTING (now, or after the back-off)
     BOOTING = 1     # loads the application           -> READY (it says "ready")
     READY = 2       # loaded, accepts nothing         -> SERVING (the master says "go")
-    SERVING = 3     # accepts                         -> DRAINING (an order, or it says "leaving")
-    DRAINING = 4    # finishes what it has begun      -> gone, and nobody replaces it
+    SERVING = 3     # accepts                         -> DRAINING (the master orders it; it can ask: "leaving")
+    DRAINING = 4    # finishes what it has begun      -> gone; its successor, if any, is there already
 
 
 NEW, IDLE, READING, RECEIVING, WAITING, IN_FLIGHT, CLOSING = State
@@ -105,7 +105,7 @@ VACANT, BOOTING, READY, SERVING, DRAINING = Life
 
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
-LOADING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)    # what a worker outlives before it serves
+LOADING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)    # a worker's from the start; STOPS only from "go" on
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FOREVER = float("inf")
@@ -114,7 +114,7 @@ LINGER = 2.0            # seconds of input to discard on a connection that is cl
 BIND_PATIENCE = 1.0     # seconds for an old worker to let go of an address that comes back
 DRAIN_REPORT = 30.0     # seconds between two log lines on what a draining worker waits for
 BACK_OFF = (0, 0.2, 0.4, 0.8, 1.6, 3.2, 5)      # seconds before a worker that died is replaced
-STEADY = 10.0           # seconds of life that start the back-off again
+STEADY = 10.0           # seconds: who has lived longer is replaced at once
 
 
 # ---- Configuration: text in, one immutable object out ----------------------------------------------
@@ -182,7 +182,7 @@ def log_path(text):
     return text
 
 
-def in_folder(text):
+def path_in_folder(text):
     os.stat(os.path.join(os.path.dirname(text), "."))       # OSError: no such folder
     return text and os.path.realpath(text)
 
@@ -202,7 +202,7 @@ KEYS = {    # of [server:main]: the default, what reads the text (its ValueError
     "max_body": ("0", number, 0, 10**15),                   # bytes, 0: no limit
     "certfile": ("", str),
     "keyfile": ("", str),
-    "pidfile": ("", in_folder),
+    "pidfile": ("", path_in_folder),
     "access_log": ("off", log_path),
     "log_file": ("-", log_path),
     "log_level": ("info", level),
@@ -280,6 +280,7 @@ class Ini:
         return None if None in parts else parts
 
     def part(self, prefix, name):
+        """-> one of parts(), or None, as there."""
         section, kind = f"{prefix}:{name}", f"paste.{prefix}_factory"
         others = {f"{word}:{name}" for word in ("composite", "filter-app", "pipeline")}
         if prefix == "app" and section not in self.bare and others & self.bare.keys():
@@ -386,7 +387,7 @@ class Listener(socket.socket):
 
 def open_listeners(binds, adopted, listeners):
     """Append the Listeners of an address, bound or adopted. They do not listen before the commit, so that nobody is
-    queued on them and a roll-back resets nobody. OSError: those before the one that fails are in the list."""
+    queued on them and a roll-back resets nobody. OSError: what was opened so far is in the list."""
     for family, host, port in binds:
         if (family, host, port) in adopted:
             listeners.append(adopted[family, host, port].dup())
@@ -426,8 +427,7 @@ def adopt():
     """systemd's sockets (sd_listen_fds(3)) -> {(family, host or path, port): Listener}."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     adopted = {}
-    inherited = range(3, 3 + int(count)) if pid == str(os.getpid()) else ()
-    for fd in inherited:
+    for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) and count.isdigit() else ():
         listener = Listener(fileno=fd)
         listener.set_inheritable(False)
         listener.setblocking(False)
@@ -445,12 +445,13 @@ def turn_away(listener):
     everything its SYN is ignored: it asks again, after the close."""
     if sys.platform == "linux" and listener.family != socket.AF_UNIX:
         drop_all, so_attach_filter = array.array("H", (6, 0, 0, 0)), 26         # BPF: return 0
-        listener.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("@HP", 1, drop_all.buffer_info()[0]))
+        with contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("@HP", 1, drop_all.buffer_info()[0]))
 
 
 # ---- The bell: what wakes a main loop, and how the two loops talk ----------------------------------
 
-def ready(source, event, seconds):
+def comes_in_time(source, event, seconds):
     """Wait until it can be read (select.POLLIN) or written (POLLOUT) -> has it come to that in time?"""
     poller = select.poll()      # of select() a descriptor above 1023 would be too much to ask
     poller.register(source, event)
@@ -478,7 +479,7 @@ class Bell:
     def ring(self):
         self.writer.write(b"!")     # None, if the pipe is full: it wakes anyway
 
-    def answer(self):
+    def silence(self):
         """-> the signals that came, in order. The pipe is read first: for a later one it rings again."""
         self.reader.read(4096)
         rung, self.rung = self.rung, []
@@ -538,9 +539,9 @@ scoreboard: Any = Scoreboard()      # the master's, which its workers inherit
 
 # ---- The exchange: one request, one response (RFC 9110 and 9112, PEP 3333) -------------------------
 
-MAX_LINE = 8192             # bytes of a request line (414), and of a chunk's size with its extensions
-MAX_HEAD = 65536            # bytes of a head, and of trailers (431)
-MAX_FIELDS = 100            # of a head (431)
+MAX_LINE = 8192             # bytes of a request line (414), of a chunk's size with its extensions, of a trailer (400)
+MAX_HEAD = 65536            # bytes of a head (431)
+MAX_FIELDS = 100            # of a head, and of trailers (431)
 SMALL_BODY = 65536          # bytes: an announced body up to this is read before a thread is taken
 SKIPPABLE = 262144          # bytes of an unread body that are skipped, if they have arrived, to keep the connection
 PIECE = 65536               # bytes read at once
@@ -653,7 +654,7 @@ def parse_head(head):
     fields, *framing = parse_fields(block, minor != "0")
     host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
     path, _, query = target.partition("?")
-    path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")
+    path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")     # OPTIONS *
     environ = {**fields, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
                "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if minor != "0" else "HTTP/1.0"}
     return Request(line.decode("latin-1"), environ, *framing, minor != "0")
@@ -670,7 +671,7 @@ class Connection:
     request: Any = None         # a Request, once its head is complete
     body = b""                  # its body, where that was short enough to be read beforehand
     keep = False                # the exchange's decision
-    linger = True               # something may still come, if it is closed
+    linger = True               # may its client still be sending when it is closed?
 
     def __init__(self, sock, client, base, tls):
         # client: its address, for the logs; base: the part of the environ that is the same for all its requests
@@ -682,7 +683,7 @@ class Connection:
         return self.request.line if self.request else self.buffer[:80].partition(b"\r\n")[0].decode("latin-1")
 
     def receive(self):
-        """One read into the buffer -> has something come? None: not yet. False: nor will it."""
+        """One read into the buffer -> True: something came; None: not yet; False: nothing will (its end, an error)."""
         try:
             data = self.sock.recv(PIECE)
             while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
@@ -695,8 +696,8 @@ class Connection:
         self.buffer += data
         return bool(data)
 
-    def complete(self, max_body):
-        """Is a request there, with its body if that is short? Then it is .request and .body. Raises Refusal early."""
+    def take_request(self, max_body):
+        """Take the next request off the buffer, with its body if that is short -> is it there? Raises Refusal."""
         if self.request is None:
             if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
                 self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
@@ -705,7 +706,7 @@ class Connection:
                 self.look()
                 return False
             self.request = parse_head(self.buffer[:end + 2])
-            self.buffer, self.scanned, self.body = self.buffer[end + 4:], 0, b""
+            self.buffer, self.scanned = self.buffer[end + 4:], 0
             if 0 < max_body < (self.request.length or 0):
                 raise Refusal(413, f"more than {max_body} bytes")
         length = self.request.length or 0
@@ -729,8 +730,8 @@ class Connection:
 
 class Body(io.RawIOBase):
     """A request body as it comes off the connection, for wsgi.input (RFC 9112 sections 6 and 7.1), in a BufferedReader,
-    which knows how to read, readline and iterate. Never reads beyond its end. Raises Refusal, and then always, where it
-    is malformed, too long or cut short, or nothing comes for io_timeout seconds."""
+    which knows how to read, readline and iterate. Never reads beyond its end. Raises Refusal, and from then on at every
+    read, where it is malformed, too long or cut short, or nothing comes for io_timeout seconds."""
     size = 0                    # bytes in the chunks so far
     refusal: Any = None
 
@@ -761,19 +762,19 @@ class Body(io.RawIOBase):
 
     def begin_chunk(self):
         if self.size:       # an empty line ends the one before
-            self.line(EMPTY, 1)
-        self.left = int(self.line(CHUNK_LINE)[1], 16)
+            self.take_line(EMPTY, 1)
+        self.left = int(self.take_line(CHUNK_LINE)[1], 16)
         self.size += self.left
         if 0 < self.exchange.server.config.max_body < self.size:
             raise Refusal(413, f"more than {self.exchange.server.config.max_body} bytes")
         if not self.left:   # the last: trailers, which must be well-formed and are discarded, and an empty line
-            for _ in range(MAX_FIELDS):
-                if self.line(TRAILER)[0] == b"\r":
+            for _ in range(MAX_FIELDS + 1):
+                if self.take_line(TRAILER)[0] == b"\r":
                     self.chunked = False
                     return
             raise Refusal(431, f"more than {MAX_FIELDS} trailers")
 
-    def line(self, pattern, limit=MAX_LINE):
+    def take_line(self, pattern, limit=MAX_LINE):
         """Take a line of at most limit bytes off the buffer -> its match."""
         while b"\n" not in self.connection.buffer and len(self.connection.buffer) <= limit:
             self.fill()
@@ -828,7 +829,7 @@ def begin_head(status, headers, second):
             length = int(value)
         elif lower == "connection":
             keep = keep and not re.search(r"\bclose\b", value, re.IGNORECASE)
-        elif not wsgiref.util.is_hop_by_hop(name) and lower != "trailer":       # it knows "trailers"
+        elif not wsgiref.util.is_hop_by_hop(name) and lower != "trailer":       # it has it as "trailers"
             lines.append(f"{name}: {value}")
             ours.pop(lower, None)       # it gives its own
     return "\r\n".join([*lines, *ours.values()]).encode("latin-1"), length, keep
@@ -845,7 +846,7 @@ class Exchange(socketserver.BaseRequestHandler):
     def handle(self):
         connection, request, config = self.request, self.request.request, self.server.config
         self.keep = request.keep and config.keepalive_timeout > 0
-        self.body = None if request.length == 0 or connection.body else Body(self)      # it may have come already
+        self.body = None if request.length == 0 or connection.body else Body(self)
         given = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO(connection.body)
         try:
             environ = {**connection.base, **request.environ, "wsgi.input": given}
@@ -889,7 +890,7 @@ class Exchange(socketserver.BaseRequestHandler):
             raise exc_info[1].with_traceback(exc_info[2])
         if self.status and not exc_info:
             raise AssertionError("start_response was called twice, without exc_info")
-        self.begin, self.left, keep = begin_head(status, tuple(map(tuple, headers)), int(time.time()))
+        self.opening, self.left, keep = begin_head(status, tuple(map(tuple, headers)), int(time.time()))
         self.status, self.keep = status, self.keep and keep
         return self.write
 
@@ -897,7 +898,7 @@ class Exchange(socketserver.BaseRequestHandler):
         """-> the head, having decided how the body, of length bytes or None, is framed (RFC 9112 section 6.3)."""
         if not self.status:
             raise AssertionError("start_response was not called")
-        connection, request, head = self.request, self.request.request, self.begin
+        connection, request, head = self.request, self.request.request, self.opening
         no_length = self.status[0] == "1" or self.status[:3] == "204"
         no_body = no_length or self.status[:3] == "304" or request.environ["REQUEST_METHOD"] == "HEAD"
         if self.left is None and not no_body:
@@ -913,7 +914,7 @@ class Exchange(socketserver.BaseRequestHandler):
             self.left = 0
         if self.body and self.keep:
             self.keep = self.body.arrived()
-        if self.server.life == DRAINING and self.keep:      # who has asked again already is answered once more
+        if self.server.life == DRAINING and self.keep:      # what is here already is answered, too
             self.keep = bool(connection.buffer or connection.receive())
         self.head_sent = True
         last = b"\r\nConnection: close" if not self.keep else b"" if request.http11 else b"\r\nConnection: keep-alive"
@@ -934,7 +935,7 @@ class Exchange(socketserver.BaseRequestHandler):
 
     def wait(self, event):
         """Until the socket can be read (POLLIN) or written (POLLOUT). Raises Refusal: it took too long."""
-        if not ready(self.request.sock, event, self.server.config.io_timeout):
+        if not comes_in_time(self.request.sock, event, self.server.config.io_timeout):
             raise Refusal(408, f"no progress for {self.server.config.io_timeout:g} s")
 
     def send(self, data):
@@ -980,7 +981,7 @@ class Exchange(socketserver.BaseRequestHandler):
 
 
 def log_access(connection, status, sent):
-    """A line in the combined format, plus the seconds in this state: those with a thread, if it was not refused."""
+    """A line in the combined format, plus the seconds since its last move(): of an answered one, since dispatch()."""
     environ = connection.request.environ if connection.request else {}
     access_log.info('%s - - [%s] "%s" %s %d "%s" "%s" %.6f', connection.client,
                     time.strftime("%d/%b/%Y:%H:%M:%S %z"), escaped(connection.line), status, sent,
@@ -998,8 +999,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     """A server whose socketserver "request" is a connection with a complete request on it.
 
     Its main thread alone registers, unregisters and closes sockets: were a thread to close one, its descriptor could be
-    another connection's before the selector hears of it. It alone writes the in-flight counter: one more when it hands
-    a connection to the threads, one less when it has it back."""
+    another connection's before the selector hears of it. From dispatch() to take_back() a connection is a thread's, who
+    alone reads and writes it; the in-flight counter, which the main thread alone writes, counts these."""
 
     application: Any = None             # once it is loaded
     life = BOOTING
@@ -1014,27 +1015,28 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         super().__init__(None, Exchange)
         self.generation, self.number, self.slot = generation, number, slot
         self.config, self.line, self.bell = generation.config, line, bell
-        self.listeners = {listener: (text, self.base(listener))
+        self.listeners = {listener: (text, self.base(listener))     # text: its address, as configured
                           for text, group in generation.listeners.items() for listener in group}
         self.patience = self.config.header_timeout          # seconds for a first byte, a TLS handshake included
         self.keepalive = self.config.keepalive_timeout      # seconds between two requests
         self.rooms: list = [{} for _ in State]              # the connections by State, the longest there first
         self.jobs: collections.deque = collections.deque()          # handed to the threads
         self.returned: collections.deque = collections.deque()      # handed back by them
-        self.sleeping: list = []                            # for each thread with nothing to do, what wakes it
+        self.sleeping: list = []                            # the gates of the threads that have nothing to do
         self.now = time.monotonic()
         self.selector = selectors.DefaultSelector()         # key.data: what is to be called
         self.selector.register(bell, selectors.EVENT_READ)
         self.selector.register(line, selectors.EVENT_READ, self.hear)
-        self.still = threading.RLock()      # the main thread's, but while it waits
+        self.still = threading.RLock()      # the main thread has it, but in wait(): there others may fork
         os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self.disown)
 
     def run(self):
-        """Until there is nothing left to drain. Each step does what is due, and only wait() waits."""
+        """Until an order has closed the listeners, and each connection has gone or drain_timeout is over. Each step
+        does what is due, and only wait() waits."""
         self.still.acquire()
-        while self.life != DRAINING or self.listeners or self.count and self.now < self.give_up_at:
+        while self.life != DRAINING or self.listeners or (self.count and self.now < self.give_up_at):
             events = self.wait()
-            self.obey()         # first: nothing is begun after an order; and the bell is silent before take_back()
+            self.obey()         # first: nothing is begun after an order; what is handed back from here on rings anew
             self.take_back()    # before what has come is read: who has been answered does not speak early
             for key, _ in events:
                 if key.data:
@@ -1047,15 +1049,15 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.still.release()
 
     def wait(self):
-        """Until something comes, is due or a thread rings -> selector events. While there are jobs it keeps out of the
-        way of the thread that was woken for them all: the two would take turns at every system call. After a
-        millisecond dispatch() wakes another: that one may be stuck, or it went to sleep just as they came."""
+        """Until something comes, is due or a thread rings -> selector events. While there are jobs, it first leaves the
+        interpreter's lock to the thread that was woken for all of them, until that rings or a millisecond is over. Then
+        dispatch() wakes another: the first may be stuck, or had gone to sleep just as they came."""
         self.still.release()
         if self.jobs:
-            ready(self.bell, select.POLLIN, 0.001)
+            comes_in_time(self.bell, select.POLLIN, 0.001)
         due = [when for when in (self.accept_at, self.report_at, self.explain_at, self.give_up_at) if when > self.now]
         due += [next(iter(room)).deadline for room in self.rooms if room]
-        # Jobs first: a thread that sees some does not ring, and what it has handed back is seen here.
+        # In this order: a thread hands back before it takes its next job, so that one of the two is seen.
         events = self.selector.select(0 if self.jobs or self.returned else min(min(due) - time.monotonic(), 3600))
         self.still.acquire()
         self.now = time.monotonic()
@@ -1066,12 +1068,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         if self.now < self.report_at:
             return
         idle = len(self.rooms[NEW]) + len(self.rooms[IDLE])
+        reading = len(self.rooms[READING]) + len(self.rooms[RECEIVING])
         waits_for = [{"client": connection.client, "request": without_query(connection.line)[:60],
-                      "since": connection.since} for connection in list(self.rooms[IN_FLIGHT])[:8]
-                     if self.life == DRAINING]
+                      "since": connection.since}
+                     for connection in itertools.islice(self.rooms[IN_FLIGHT], 8 if self.life == DRAINING else 0)]
         facts = {"pid": os.getpid(), "worker": self.number, "generation": self.generation.number,
-                 "state": self.life.name.lower(), "idle": idle, "reading": self.count - idle - self.in_flight,
-                 "in_flight": self.in_flight, "served": self.served, "waits_for": waits_for}
+                 "state": self.life.name.lower(), "idle": idle, "reading": reading, "in_flight": self.in_flight,
+                 "served": self.served, "waits_for": waits_for}
         if facts != self.facts:
             self.facts, self.report_at = facts, self.now + 0.02
             scoreboard.write(self.slot, facts)
@@ -1086,7 +1089,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # Orders
     def obey(self):
-        for signum in self.bell.answer():
+        for signum in self.bell.silence():
             self.hear()     # an order is written before its SIGHUP is sent: it is there by now
             if signum == signal.SIGHUP and self.life != DRAINING:
                 log.warning("SIGHUP without an order from the master: serving on")
@@ -1094,7 +1097,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 log.info("%s: asking the master for a replacement, to drain", signal.Signals(signum).name)
                 self.line.say("leaving")
                 self.stop_accepting()
-                self.life = DRAINING       # and the drain begins when the master orders it
+                self.life = DRAINING    # answers say close; the rest waits for the master's order
 
     def hear(self):
         for word, *rest in self.line.hear():
@@ -1111,7 +1114,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def drain(self, dropped, grace):
         """Accept no more, finish what has begun. dropped: addresses that nobody takes over; whoever is queued there has
         been let in by the kernel, and the close would reset him. grace: for the idle; a later order can shorten it."""
-        listened = self.life >= SERVING        # if not, perhaps the master never did
+        listened = self.life >= SERVING     # before "go" perhaps nobody did, and accept() would fail for ever
         self.life = DRAINING
         if self.explain_at == FOREVER:      # the first order
             self.explain_at = self.now + DRAIN_REPORT
@@ -1143,7 +1146,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 return
 
     def resume_accepting(self):
-        """As soon as a thread is free, before dispatch() takes it: or the clients that are connected already could keep
+        """As soon as a thread is free, before dispatch() takes it: else clients that are connected already could keep
         the newcomers out."""
         if self.life == SERVING and not self.accepting and self.now >= self.accept_at and self.may_accept():
             self.accepting = True
@@ -1169,8 +1172,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         except OSError as error:
             if error.errno not in EXHAUSTED:
                 return True     # that client is gone again
-            # The kernel has no descriptor to give; and it may have nobody to give it to.
-            return ready(listener, select.POLLIN, 0) and self.make_room(error)
+            # No descriptor to be had: accept() says so also when nobody is queued.
+            return comes_in_time(listener, select.POLLIN, 0) and self.make_room(error)
         while self.count >= self.config.connections and self.life == SERVING and self.evict():
             pass
         self.accept_at, self.count = 0.0, self.count + 1
@@ -1204,8 +1207,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # Move, and read
     def move(self, connection, state, seconds=FOREVER):
-        """To a state, which it has to leave within so many seconds: where there is a limit, input is awaited. In one
-        state all are given the same time, so that the first in a room is the first that is due."""
+        """To a state, for so many seconds at most; where there is a limit, it is registered for input. In one state all
+        are given the same time, so that the first in a room is the first that is due."""
         self.rooms[connection.state].pop(connection, None)
         self.rooms[state][connection] = None
         connection.state, connection.since, connection.deadline = state, self.now, self.now + seconds
@@ -1244,7 +1247,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def advance(self, connection):
         """As far as what has arrived allows."""
         try:
-            complete = connection.complete(self.config.max_body)
+            complete = connection.take_request(self.config.max_body)
         except Refusal as refusal:
             return self.refuse(connection, refusal)
         if complete:
@@ -1266,8 +1269,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # Dispatch, and take back
     def dispatch(self):
-        """Complete requests to free threads, first come, first served. One thread is woken for all of them: threads
-        that run Python take turns anyway, and every switch costs."""
+        """Hand complete requests to free threads, first come, first served. One thread is woken for all of them: at the
+        interpreter's lock they take turns anyway, and every switch costs."""
         waiting = self.rooms[WAITING]
         while waiting and self.in_flight < self.config.threads:
             connection = next(iter(waiting))
@@ -1309,10 +1312,10 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def take_back(self):
         while self.returned:
             connection = self.returned.popleft()
-            connection.request = None
+            connection.request, connection.body = None, b""
             self.in_flight -= 1
             self.served += 1
-            if not connection.keep:     # at once, if the client wants to go as well and has sent nothing more
+            if not connection.keep:     # closed at once, if the client has asked for that and sent nothing more
                 came = bool(connection.buffer) or connection.receive()
                 self.close(connection, linger=connection.linger if came is None else came)
             elif connection.buffer:
@@ -1339,8 +1342,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         connection.sock.close()
 
     def evict(self, seconds=0):
-        """Close the connection that has been idle longest, and so for these seconds at least, unless its next request
-        is there by now -> was there one?"""
+        """Close the connection that has been idle longest, and so for these seconds at least -> was there one? If its
+        next request has come, it is read instead: still True."""
         idle = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
         oldest = min(idle, key=operator.attrgetter("since"), default=None)
         if not oldest or oldest.since > self.now - seconds:
@@ -1351,7 +1354,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def expire(self):
         """End what is due. An idle connection is read once more just before: a request that has come by now is
-        answered, and the moment in which one can be missed is one system call long."""
+        answered, and the moment in which one can be missed is as short as can be."""
         for room in self.rooms:
             while room and next(iter(room)).deadline <= self.now:
                 connection = next(iter(room))
@@ -1375,7 +1378,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def disown(self):
         """In the child: it must not hold clients' connections open, nor the listeners, nor answer to our signals.
-        Once: to the child's own children the numbers may mean something else."""
+        Once: to the child's own children the descriptors may be something else."""
         if self.bell:
             for each in (self.line.sock, self.selector, self.bell, *self.listeners,
                          *(connection.sock for room in self.rooms for connection in room)):
@@ -1410,7 +1413,7 @@ def run_worker(generation, number, slot, line):
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     flags = fcntl.fcntl(line, fcntl.F_GETFL)
     fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(line, fcntl.F_SETFL, flags | os.O_ASYNC)        # while it loads, the master's end is its own, by SIGIO
+    fcntl.fcntl(line, fcntl.F_SETFL, flags | os.O_ASYNC)        # SIGIO ends it, if the master ends while it loads
     worker = Worker(generation, number, slot, line, bell)
     worker.report()
     try:
@@ -1432,7 +1435,7 @@ def run_worker(generation, number, slot, line):
 
 
 def prepare(config):
-    """Logging, then the application -> the WSGI callable. Raises ConfigError, or whatever that raises."""
+    """Logging, then the application -> the WSGI callable. Raises ConfigError, or what the application raises."""
     use_logs(config)
     if "loggers" in config.ini.bare:
         ours = log.handlers[:], access_log.handlers[:]
@@ -1461,7 +1464,7 @@ class Child:
 
     def __init__(self, generation, number, deaths=0, fork_at=0.0):
         self.generation, self.number, self.life = generation, number, VACANT
-        self.deaths, self.fork_at = deaths, fork_at         # of those before it; when it may be forked
+        self.deaths, self.fork_at = deaths, fork_at         # in a row, before it; when it may be forked
         self.pid, self.slot, self.born = 0, 0, 0.0          # born: in time.monotonic() seconds
         self.line: Any = None
         self.said: dict = {}        # on its line: {"ready": [], "leaving": [], "failed": [exit status, reason]}
@@ -1489,7 +1492,7 @@ class Generation:
         self.number, self.config = number, config
         self.deadline = time.monotonic() + BIND_PATIENCE    # of its binding, then of its booting
         self.listeners: dict = {}                           # {address as configured: [Listener]}
-        self.borrowed = {text for text, binds in config.listen.items() if set(binds) & set(adopted)}    # systemd's, too
+        self.borrowed = {text for text, binds in config.listen.items() if set(binds) & set(adopted)}    # systemd's
         self.children: list = []                            # Children, once all of its addresses are bound
 
 
@@ -1498,7 +1501,7 @@ class Master:
     hup = False                 # a SIGHUP waits to be obeyed
     stops = 0                   # TERM, QUIT and INT so far
     fork_at = 0.0               # after a fork that failed: not before this time
-    alarm = 0.0                 # when something is due, at the latest
+    alarm = 0.0                 # when wait() ends, at the latest
 
     def __init__(self, config):
         self.status = 0 if config.listen else 2     # to exit with; --check (no address): 2 until it has succeeded
@@ -1508,8 +1511,8 @@ class Master:
         self.adopted, self.bell = adopt(), Bell()
         self.bell.hang(MASTER_SIGNALS)
         self.children: dict = {}        # {pid: Child}, of all generations
-        # The one that serves, and the one that a reload prepares. The start is a reload, too: from nothing.
         self.numbers = itertools.count()
+        # The one that serves, and the one that a reload prepares. The start is a reload, too: from nothing, number 0.
         self.current = Generation(next(self.numbers), config._replace(listen={}, pidfile=""))
         self.upcoming: Any = Generation(next(self.numbers), config, self.adopted)
 
@@ -1545,7 +1548,7 @@ class Master:
 
     # What comes from the operator, and from below
     def obey(self):
-        for signum in self.bell.answer():
+        for signum in self.bell.silence():
             if signum in STOPS or signum == signal.SIGHUP and self.terminal and not self.stops and not has_terminal():
                 self.stop(signum)
             elif signum == signal.SIGHUP:
@@ -1703,7 +1706,7 @@ class Master:
                 elif child.life == SERVING and "leaving" in child.said:
                     child.vacate(self.now)
                     self.order(child)
-                    self.alarm = self.now
+                    self.alarm = self.now       # this loop has passed the place
 
     def spawn(self, child):
         taken = {other.slot for other in self.children.values()}
@@ -1816,7 +1819,7 @@ setInterval(async () => {
 
 def status_filter(global_conf, path="/status"):
     """paste.filter_factory: at path, a page that shows all workers of all generations, live; and the same as JSON to
-    whom asks for it (Accept: application/json, or ?format=json)."""
+    whoever asks for it (Accept: application/json, or ?format=json)."""
     def with_status(application):
         def choose(environ, start_response):
             chosen = status if environ.get("PATH_INFO") == path else application

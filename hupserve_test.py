@@ -530,6 +530,15 @@ def do_size(environ, start_response):
     return text(start_response, str(sum(len(data) for data in iter(lambda: environ["wsgi.input"].read(65536), b""))))
 def do_big(environ, start_response):
     return text(start_response, b"0123456789abcdef" * (int(environ["QUERY_STRING"]) // 16))
+def do_retry(environ, start_response):
+    """It takes an error for a hiccup."""
+    seen = []
+    for _ in range(3):
+        try:
+            seen.append(environ["wsgi.input"].read(5).decode())
+        except OSError:
+            seen.append("error")
+    return text(start_response, json.dumps({"seen": seen}))
 def do_unread(environ, start_response):
     return text(start_response, "not read")
 def do_environment(environ, start_response):
@@ -1815,6 +1824,8 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("a CR in an extension", f"{CHUNKED}5;a\rb|hello|0||", 400, CLOSED),
     ("an endless extension", f"{CHUNKED}5;{'a' * 70000}|hello|0||", {400, 413, 431}, CLOSED),
     ("endless trailers", f"{CHUNKED}0|{'X: a|' * 20000}|", {400, 413, 431}, CLOSED),
+    ("a malformed chunk stays one", "POST /retry HTTP/1.1|Host: a|Transfer-Encoding: chunked||zz|5|hello|0||", 200,
+     CLOSED, {"seen": ["error"] * 3}),
     ("a trailer that is none", f"{CHUNKED}0|X||", 400, CLOSED),
     ("chunks over max_body", f"{CHUNKED}{('80000|' + 'x' * 0x80000 + '|') * 2}0||", 413, CLOSED),
 
@@ -2050,9 +2061,10 @@ def test_response_the_environ_is_complete(shared):
     assert not {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & set(seen)
 
 
-def test_response_requests_that_repeat_share_nothing(shared):
+def test_response_requests_that_repeat_share_nothing(serve):
     """Heads are cached, both ways: but an environ is its request's, an address the client's, a Date the second's."""
-    with shared.connect() as one, shared.connect() as other:
+    server = serve("[app:main]\nwsgi = app:application\n")  # no factory, which would copy the environ
+    with server.connect() as one, server.connect() as other:
         first, second, third = one.get("/spoil?a"), one.get("/spoil?a"), other.get("/spoil?a")
         assert set(first.json) == set(second.json) == set(third.json) and len(first.json) > 20
         for client, answer in ((one, first), (one, second), (other, third)):
