@@ -133,11 +133,11 @@ def did_you_mean(word, words):
 
 def addresses(text):
     """'*:80 unix:/x' -> {each as configured, which is what tells two apart: what its sockets bind (binds_of)}."""
-    found = {word: binds_of(word) for word in text.split() or [""]}
-    for one, other in itertools.combinations(found, 2):
-        if overlap(found[one], found[other]):
+    found = [(word, binds_of(word)) for word in text.split() or [""]]
+    for (one, binds), (other, others) in itertools.combinations(found, 2):
+        if overlap(binds, others):
             raise ValueError(f"{other} overlaps {one}")
-    return found
+    return dict(found)
 
 
 def binds_of(word):
@@ -170,8 +170,9 @@ def number(text, low, high):
     return kind(text)
 
 
-def level(text):
-    logging.NullHandler().setLevel(text.upper())        # ValueError: it knows no such level
+def level(text, *levels):
+    if text.lower() not in levels:
+        raise ValueError(f"none of {', '.join(levels)}{did_you_mean(text, levels)}")
     return text.upper()
 
 
@@ -205,12 +206,13 @@ KEYS = {    # of [server:main]: the default, what reads the text (its ValueError
     "pidfile": ("", path_in_folder),
     "access_log": ("off", log_path),
     "log_file": ("-", log_path),
-    "log_level": ("info", level),
+    "log_level": ("info", level, "debug", "info", "warning", "error", "critical"),
 }
 
 
-class Config(collections.namedtuple("Config", [*KEYS, "tls", "parts", "ini"])):
-    """One reading of a file: every key of KEYS; an SSLContext or None; the application's parts (Ini.parts); the Ini."""
+class Config(collections.namedtuple("Config", [*KEYS, "tls", "warnings", "parts", "ini"])):
+    """One reading of a file: every key of KEYS; an SSLContext or None; lines for the log; the application's parts (see
+    Ini.parts); the Ini."""
 
 
 def read_config(target):
@@ -251,11 +253,11 @@ class Ini:
         there = difflib.get_close_matches("server:main", self.bare, 1, 0.8)     # it can be left out, but not misspelt
         texts = self.own("server:main") if there else {}
         use = texts.pop("use", "")
-        for key in sorted(texts.keys() - KEYS):
-            if not use:
-                raise ValueError(f"[server:main] {key}: unknown key{did_you_mean(key, KEYS)}")
-            log.warning("%s: [server:main] %s: unknown key, left to %s", self.path, key, use)
-        values = {}
+        unknown = [key for key in texts if key not in KEYS]
+        if unknown and not use:
+            raise ValueError(f"[server:main] {unknown[0]}: unknown key{did_you_mean(unknown[0], KEYS)}")
+        values: dict = {
+            "warnings": [f"{self.path}: [server:main] {key}: unknown key, left to {use}" for key in unknown]}
         try:
             for key, (default, read, *limits) in KEYS.items():
                 text = texts.get(key, default)
@@ -327,7 +329,8 @@ def load_application(config):
         except (ImportError, AttributeError, TypeError) as error:
             if error.__traceback__.tb_next:     # raised inside the application, and not by these lines
                 raise
-            raise ConfigError(f"{place}: {reason_of(error)}") from None
+            close = did_you_mean(attribute, dir(sys.modules[module])) if isinstance(error, AttributeError) else ""
+            raise ConfigError(f"{place}: {reason_of(error)}{close}") from None
         application = found(application) if kind == "paste.filter_factory" else found
         if not callable(application):
             raise ConfigError(f"{place} gives {application!r}, which is not callable")
@@ -1042,6 +1045,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 if key.data:
                     key.data()
             self.expire()
+            self.empty_queues()
             self.resume_accepting()
             self.dispatch()
             self.explain()
@@ -1121,15 +1125,24 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
         self.stop_accepting()
         self.patience, self.keepalive = min(self.patience, grace), min(self.keepalive, grace)
-        for listener, (text, _) in self.listeners.items():
+        for listener, (text, _) in list(self.listeners.items()):
             if listened and text in dropped:
                 turn_away(listener)
-                while self.admit(listener):
-                    pass
-            listener.close()
-        self.listeners = {}
+            else:
+                self.listeners.pop(listener)
+                listener.close()
+        self.empty_queues()
         for connection in (*self.rooms[NEW], *self.rooms[IDLE]):
             connection.deadline = min(connection.deadline, self.now + grace)
+
+    def empty_queues(self):
+        """Of listeners that nobody takes over. Out of descriptors, it goes on when there may be some again."""
+        for listener in list(self.listeners) if self.explain_at != FOREVER and self.now >= self.accept_at else ():
+            while self.admit(listener):
+                pass
+            if self.now >= self.accept_at:
+                self.listeners.pop(listener)
+                listener.close()
 
     # Accept
     def may_accept(self):
@@ -1613,6 +1626,8 @@ class Master:
                 self.due(self.now + 0.05)       # an old worker may be about to let go of it: once more
                 return
             return self.roll_back(f"{new.config.ini.path}: [server:main] listen: {text}: {reason_of(error)}")
+        for warning in new.config.warnings:
+            log.warning("%s", warning)
         new.deadline = self.now + new.config.boot_timeout
         new.children = [Child(new, number) for number in range(new.config.workers)]
 
@@ -1621,17 +1636,20 @@ class Master:
         if not new.config.listen:       # --check
             self.status = 0
             return self.roll_back(f"{new.config.ini.target}: good", 0)
-        text = new.config.pidfile
+        key, text = "pidfile", new.config.pidfile
         try:
-            claim_pidfile(new.config.pidfile)
+            claim_pidfile(text)
+            key = "listen"
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
                     if listener.file and not os.path.samestat(os.stat(listener.file[0]), listener.file[1]):
                         raise OSError(errno.EADDRINUSE, "another master has taken its place")
                     listener.listen(new.config.backlog)
+            key = "log_file, access_log"
             use_logs(new.config)
         except OSError as error:
-            return self.roll_back(f"{new.config.ini.path}: {error.filename or text}: {reason_of(error)}")
+            place = f"{new.config.ini.path}: [server:main] {key}: {error.filename or text}"
+            return self.roll_back(f"{place}: {reason_of(error)}")
         self.current, self.upcoming = new, None
         self.tend()     # says "go"; no place is vacant
         self.dismiss(old, new)
