@@ -306,6 +306,7 @@ def tls_context(certfile, keyfile):
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION          # send() would have to read
     context.set_alpn_protocols(["http/1.1"])
     context.load_cert_chain(certfile, keyfile or None, lambda: b"")     # never ask on the terminal
     return context
@@ -387,6 +388,10 @@ ESCAPES = {code: f"\\x{code:02x}" for code in range(256) if not 32 <= code < 127
 class Listener(socket.socket):
     file: Optional[tuple] = None    # of a unix socket that is ours: the path, and the identity of its file
 
+    def has_file(self):
+        """Is it still that very file? OSError: there is none."""
+        return os.path.samestat(os.stat(self.file[0]), self.file[1])
+
 
 def open_listeners(binds, adopted, listeners):
     """Append the Listeners of an address, bound or adopted. They do not listen before the commit, so that nobody is
@@ -399,8 +404,14 @@ def open_listeners(binds, adopted, listeners):
             bind(listeners[-1], host, port or listeners[0].getsockname()[1])    # *:0 is one port for both
 
 
-def bind(listener, host, port):
+def prepare_listener(listener):
     listener.setblocking(False)
+    if listener.family != socket.AF_UNIX:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit it
+
+
+def bind(listener, host, port):
+    prepare_listener(listener)
     if listener.family == socket.AF_UNIX:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)        # the queue of a living server may be full
@@ -410,7 +421,6 @@ def bind(listener, host, port):
         listener.file = host, os.stat(host)
     else:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit it
         if listener.family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind((host, port))
@@ -421,7 +431,7 @@ def close_listeners(listeners):
     the workers, too; after close() their copies stay, and the clients that are queued."""
     for listener in listeners:
         with contextlib.suppress(OSError):
-            if listener.file and os.path.samestat(os.stat(listener.file[0]), listener.file[1]):
+            if listener.file and listener.has_file():
                 os.unlink(listener.file[0])
         listener.close()
 
@@ -433,7 +443,7 @@ def adopt():
     for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) and count.isdigit() else ():
         listener = Listener(fileno=fd)
         listener.set_inheritable(False)
-        listener.setblocking(False)
+        prepare_listener(listener)
         name = listener.getsockname()
         host, port = name[:2] if isinstance(name, tuple) else (name, -1)
         adopted[listener.family, host, port] = listener
@@ -669,7 +679,6 @@ class Connection:
     since = 0.0                 # when it came to this state, in time.monotonic() seconds
     deadline = FOREVER          # when it must have left it
     registered = False          # with the selector
-    buffer = b""                # what has arrived and is not used yet
     scanned = 0                 # bytes of the buffer in which no end of a head was found
     request: Any = None         # a Request, once its head is complete
     body = b""                  # its body, where that was short enough to be read beforehand
@@ -679,6 +688,7 @@ class Connection:
     def __init__(self, sock, client, base, tls):
         # client: its address, for the logs; base: the part of the environ that is the same for all its requests
         self.sock, self.client, self.base, self.tls = sock, client, base, tls
+        self.buffer = bytearray()       # what has arrived and is not used yet; to cut off its front costs no copy
 
     @property
     def line(self):
@@ -702,21 +712,23 @@ class Connection:
     def take_request(self, max_body):
         """Take the next request off the buffer, with its body if that is short -> is it there? Raises Refusal."""
         if self.request is None:
-            if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
-                self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
+            while self.buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2
+                del self.buffer[:2]
+                self.scanned = 0
             end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
             if not 0 <= end <= MAX_HEAD:
                 self.look()
                 return False
-            self.request = parse_head(self.buffer[:end + 2])
-            self.buffer, self.scanned = self.buffer[end + 4:], 0
+            self.request, self.scanned = parse_head(bytes(self.buffer[:end + 2])), 0
+            del self.buffer[:end + 4]
             if 0 < max_body < (self.request.length or 0):
                 raise Refusal(413, f"more than {max_body} bytes")
         length = self.request.length or 0
-        if length <= SMALL_BODY and not self.request.expect:
+        if 0 < length <= SMALL_BODY and not self.request.expect:
             if len(self.buffer) < length:
                 return False
-            self.body, self.buffer = self.buffer[:length], self.buffer[length:]
+            self.body = bytes(self.buffer[:length])
+            del self.buffer[:length]
         return True
 
     def look(self):
@@ -759,7 +771,8 @@ class Body(io.RawIOBase):
             self.refusal = refusal
             raise
         count = min(len(target), self.left, len(self.connection.buffer))
-        target[:count], self.connection.buffer = self.connection.buffer[:count], self.connection.buffer[count:]
+        target[:count] = self.connection.buffer[:count]
+        del self.connection.buffer[:count]
         self.left -= count
         return count
 
@@ -779,12 +792,13 @@ class Body(io.RawIOBase):
 
     def take_line(self, pattern, limit=MAX_LINE):
         """Take a line of at most limit bytes off the buffer -> its match."""
-        while b"\n" not in self.connection.buffer and len(self.connection.buffer) <= limit:
+        buffer = self.connection.buffer
+        while (end := buffer.find(b"\n", 0, limit + 1)) < 0 and len(buffer) <= limit:
             self.fill()
-        line, _, self.connection.buffer = self.connection.buffer.partition(b"\n")
-        match = pattern.fullmatch(line)
-        if not match or len(line) > limit:
+        match = pattern.fullmatch(bytes(buffer[:end])) if end >= 0 else None
+        if not match:
             raise Refusal(400, "malformed chunk")
+        del buffer[:end + 1]
         return match
 
     def fill(self):
@@ -810,7 +824,7 @@ class Body(io.RawIOBase):
             pass
         trial = Body(self.exchange)
         trial.__dict__.update(vars(self), connection=types.SimpleNamespace(
-            buffer=self.connection.buffer, receive=lambda: False))
+            buffer=self.connection.buffer[:], receive=lambda: False))
         return trial.skip()
 
 
@@ -1010,7 +1024,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     accepting = False                   # are the listeners registered?
     in_flight = 0                       # requests that are with a thread
     count = served = threads = 0        # connections open, requests answered, threads started
-    accept_at = report_at = 0.0         # not before these times
+    accept_at = thread_at = report_at = 0.0     # not before these times
     give_up_at = explain_at = FOREVER   # of a drain
     facts: dict = {}                    # as last reported
 
@@ -1058,7 +1072,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         dispatch() wakes another: the first may be stuck, or had gone to sleep just as they came."""
         self.still.release()
         if self.jobs:
-            comes_in_time(self.bell, select.POLLIN, 0.001)
+            comes_in_time(self.bell, select.POLLIN, 0.001 if self.now >= self.thread_at else PAUSE)
         due = [when for when in (self.accept_at, self.report_at, self.explain_at, self.give_up_at) if when > self.now]
         due += [next(iter(room)).deadline for room in self.rooms if room]
         # In this order: a thread hands back before it takes its next job, so that one of the two is seen.
@@ -1249,7 +1263,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         if came is None:
             self.park(connection)
         elif came and connection.state == CLOSING:
-            connection.buffer = b""     # once a round: who sends and sends must not keep this thread from its deadline
+            connection.buffer.clear()   # once a round: who sends and sends must not keep this thread from its deadline
         elif came:
             self.advance(connection)
         elif connection.state in (READING, RECEIVING):
@@ -1292,10 +1306,14 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.process_request(connection, connection.client)
         if self.jobs and self.sleeping:
             self.sleeping.pop().release()
-        elif self.jobs and self.threads < self.config.threads:
-            with contextlib.suppress(RuntimeError):     # no more to be had: those there are go on
+        elif self.jobs and self.threads < self.config.threads and self.now >= self.thread_at:
+            try:
                 threading.Thread(target=self.work, daemon=True, name=f"request-{self.threads}").start()
-                self.threads += 1
+                self.threads, self.thread_at = self.threads + 1, 0.0
+            except RuntimeError as error:       # those there are go on
+                if not self.thread_at:
+                    log.error("%s; trying again every %g s", error, PAUSE)
+                self.thread_at = self.now + PAUSE
 
     def process_request(self, request, client_address):
         """ThreadingMixIn would start a thread for each, which costs more than most requests do."""
@@ -1344,7 +1362,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             with contextlib.suppress(OSError, ValueError):
                 connection.sock.unwrap()
         if linger:
-            connection.buffer = b""
+            connection.buffer.clear()
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_WR)
             return self.move(connection, CLOSING, LINGER)
@@ -1367,7 +1385,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def expire(self):
         """End what is due. An idle connection is read once more just before: a request that has come by now is
-        answered, and the moment in which one can be missed is as short as can be."""
+        answered, and the moment in which one can be missed is a few system calls long."""
         for room in self.rooms:
             while room and next(iter(room)).deadline <= self.now:
                 connection = next(iter(room))
@@ -1397,6 +1415,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                          *(connection.sock for room in self.rooms for connection in room)):
                 each.close()
             self.bell = None
+            self.jobs.clear()       # if the child leaves by an exception, its thread comes by here
             signal.set_wakeup_fd(-1)
             for signum in MASTER_SIGNALS:
                 signal.signal(signum, signal.SIG_DFL)
@@ -1478,7 +1497,7 @@ class Child:
     def __init__(self, generation, number, deaths=0, fork_at=0.0):
         self.generation, self.number, self.life = generation, number, VACANT
         self.deaths, self.fork_at = deaths, fork_at         # in a row, before it; when it may be forked
-        self.pid, self.slot, self.born = 0, 0, 0.0          # born: in time.monotonic() seconds
+        self.pid, self.slot, self.born = 0, 0, 0.0          # born: forked, then ready, in time.monotonic() s
         self.line: Any = None
         self.said: dict = {}        # on its line: {"ready": [], "leaving": [], "failed": [exit status, reason]}
 
@@ -1486,11 +1505,11 @@ class Child:
         for word, *rest in self.line.hear():
             self.said[word] = rest
         if self.life == BOOTING and "ready" in self.said:
-            self.life = READY
+            self.life, self.born = READY, time.monotonic()
 
     def vacate(self, now):
         """Put a successor in its place -> after how many seconds it is to be forked."""
-        deaths = 0 if now - self.born > STEADY else self.deaths
+        deaths = 0 if self.life >= SERVING and now - self.born > STEADY else self.deaths
         seconds = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]
         self.generation.children[self.number] = Child(self.generation, self.number, deaths + 1, now + seconds)
         return seconds
@@ -1642,7 +1661,7 @@ class Master:
             key = "listen"
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
-                    if listener.file and not os.path.samestat(os.stat(listener.file[0]), listener.file[1]):
+                    if listener.file and text not in old.listeners and not listener.has_file():
                         raise OSError(errno.EADDRINUSE, "another master has taken its place")
                     listener.listen(new.config.backlog)
             key = "log_file, access_log"
