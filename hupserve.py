@@ -67,6 +67,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import types
 import urllib.parse
 import wsgiref.util
@@ -124,7 +125,11 @@ class ConfigError(Exception):
 
 
 def reason_of(error):
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def one_line(text):
+    return " ".join(str(text).split())
 
 
 def did_you_mean(word, words):
@@ -346,10 +351,11 @@ def load_with_paste(ini):
         raise ConfigError(f"{ini.path}: {ini.name} is for PasteDeploy to read, which is not installed") from None
     try:
         return loadapp(f"config:{urllib.parse.quote(os.path.abspath(ini.path))}", ini.name)
-    except LookupError as error:
-        if type(error) is not LookupError:      # PasteDeploy's own, for a section or entry point it misses
+    except (LookupError, ImportError, AttributeError, OSError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"].split(".")[0] not in ("paste", "importlib"):     # the application's
             raise
-        raise ConfigError(f"{ini.path}: {reason_of(error)}") from None
+        raise ConfigError(f"{ini.path}: [{ini.name}] {type(error).__name__}: {one_line(error)}") from None
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
@@ -1455,7 +1461,7 @@ def run_worker(generation, number, slot, line):
         return 2
     except BaseException as error:      # an import may well call sys.exit()
         log.exception("the application does not load")
-        line.say("failed", 1, f"the application does not load: {type(error).__name__}: {reason_of(error)[:500]}")
+        line.say("failed", 1, f"the application does not load: {type(error).__name__}: {one_line(error)[:500]}")
         return 1
     fcntl.fcntl(line, fcntl.F_SETFL, flags)
     worker.life = READY
@@ -1474,7 +1480,7 @@ def prepare(config):
         try:
             logging.config.fileConfig(config.ini.parser, disable_existing_loggers=False)
         except Exception as error:
-            raise ConfigError(f"{config.ini.path}: [loggers] {type(error).__name__}: {reason_of(error)}") from None
+            raise ConfigError(f"{config.ini.path}: [loggers] {type(error).__name__}: {one_line(error)}") from None
         for logger, handlers in zip((log, access_log), ours):
             logger.handlers = logger.handlers or handlers
     return load_application(config)
