@@ -394,6 +394,12 @@ ESCAPES = {code: f"\\x{code:02x}" for code in range(256) if not 32 <= code < 127
 class Listener(socket.socket):
     file: Optional[tuple] = None    # of a unix socket that is ours: the path, and the identity of its file
 
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.setblocking(False)
+        if self.family != socket.AF_UNIX:
+            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit it
+
     def has_file(self):
         """Is it still that very file? OSError: there is none."""
         return os.path.samestat(os.stat(self.file[0]), self.file[1])
@@ -410,14 +416,7 @@ def open_listeners(binds, adopted, listeners):
             bind(listeners[-1], host, port or listeners[0].getsockname()[1])    # *:0 is one port for both
 
 
-def prepare_listener(listener):
-    listener.setblocking(False)
-    if listener.family != socket.AF_UNIX:
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit it
-
-
 def bind(listener, host, port):
-    prepare_listener(listener)
     if listener.family == socket.AF_UNIX:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)        # the queue of a living server may be full
@@ -449,7 +448,6 @@ def adopt():
     for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) and count.isdigit() else ():
         listener = Listener(fileno=fd)
         listener.set_inheritable(False)
-        prepare_listener(listener)
         name = listener.getsockname()
         host, port = name[:2] if isinstance(name, tuple) else (name, -1)
         adopted[listener.family, host, port] = listener
@@ -503,10 +501,6 @@ class Bell:
         self.reader.read(4096)
         rung, self.rung = self.rung, []
         return rung
-
-    def close(self):
-        self.reader.close()
-        self.writer.close()
 
 
 class Line:
@@ -685,6 +679,7 @@ class Connection:
     since = 0.0                 # when it came to this state, in time.monotonic() seconds
     deadline = FOREVER          # when it must have left it
     registered = False          # with the selector
+    buffer = b""                # what has arrived and is not used yet
     scanned = 0                 # bytes of the buffer in which no end of a head was found
     request: Any = None         # a Request, once its head is complete
     body = b""                  # its body, where that was short enough to be read beforehand
@@ -694,17 +689,16 @@ class Connection:
     def __init__(self, sock, client, base, tls):
         # client: its address, for the logs; base: the part of the environ that is the same for all its requests
         self.sock, self.client, self.base, self.tls = sock, client, base, tls
-        self.buffer = bytearray()       # what has arrived and is not used yet; to cut off its front costs no copy
 
     @property
     def line(self):
         """The request's first line, or what has come of it."""
         return self.request.line if self.request else self.buffer[:80].partition(b"\r\n")[0].decode("latin-1")
 
-    def receive(self):
+    def receive(self, size=PIECE):
         """One read into the buffer -> True: something came; None: not yet; False: nothing will (its end, an error)."""
         try:
-            data = self.sock.recv(PIECE)
+            data = self.sock.recv(size)
             while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
                 data += self.sock.recv(PIECE)
         except WOULD_BLOCK:
@@ -718,23 +712,21 @@ class Connection:
     def take_request(self, max_body):
         """Take the next request off the buffer, with its body if that is short -> is it there? Raises Refusal."""
         if self.request is None:
-            while self.buffer.startswith(b"\r\n"):      # RFC 9112 section 2.2
-                del self.buffer[:2]
-                self.scanned = 0
+            if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
+                self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
             end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
             if not 0 <= end <= MAX_HEAD:
                 self.look()
                 return False
-            self.request, self.scanned = parse_head(bytes(self.buffer[:end + 2])), 0
-            del self.buffer[:end + 4]
+            self.request = parse_head(self.buffer[:end + 2])
+            self.buffer, self.scanned = self.buffer[end + 4:], 0
             if 0 < max_body < (self.request.length or 0):
                 raise Refusal(413, f"more than {max_body} bytes")
         length = self.request.length or 0
         if 0 < length <= SMALL_BODY and not self.request.expect:
             if len(self.buffer) < length:
                 return False
-            self.body = bytes(self.buffer[:length])
-            del self.buffer[:length]
+            self.body, self.buffer = self.buffer[:length], self.buffer[length:]
         return True
 
     def look(self):
@@ -777,8 +769,7 @@ class Body(io.RawIOBase):
             self.refusal = refusal
             raise
         count = min(len(target), self.left, len(self.connection.buffer))
-        target[:count] = self.connection.buffer[:count]
-        del self.connection.buffer[:count]
+        target[:count], self.connection.buffer = self.connection.buffer[:count], self.connection.buffer[count:]
         self.left -= count
         return count
 
@@ -798,18 +789,18 @@ class Body(io.RawIOBase):
 
     def take_line(self, pattern, limit=MAX_LINE):
         """Take a line of at most limit bytes off the buffer -> its match."""
-        buffer = self.connection.buffer
-        while (end := buffer.find(b"\n", 0, limit + 1)) < 0 and len(buffer) <= limit:
+        while b"\n" not in self.connection.buffer and len(self.connection.buffer) <= limit:
             self.fill()
-        match = pattern.fullmatch(bytes(buffer[:end])) if end >= 0 else None
-        if not match:
+        line, _, self.connection.buffer = self.connection.buffer.partition(b"\n")
+        match = pattern.fullmatch(line)
+        if not match or len(line) > limit:
             raise Refusal(400, "malformed chunk")
-        del buffer[:end + 1]
         return match
 
     def fill(self):
         """Wait for input, having invited it if need be."""
-        while (came := self.connection.receive()) is None:
+        size = PIECE // 4 if self.chunked else PIECE    # each chunk, and it may be one byte, moves what is behind it
+        while (came := self.connection.receive(size)) is None:
             if self.invites and not self.exchange.head_sent:
                 self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.invites = False
@@ -830,7 +821,7 @@ class Body(io.RawIOBase):
             pass
         trial = Body(self.exchange)
         trial.__dict__.update(vars(self), connection=types.SimpleNamespace(
-            buffer=self.connection.buffer[:], receive=lambda: False))
+            buffer=self.connection.buffer, receive=lambda size: False))
         return trial.skip()
 
 
@@ -1269,7 +1260,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         if came is None:
             self.park(connection)
         elif came and connection.state == CLOSING:
-            connection.buffer.clear()   # once a round: who sends and sends must not keep this thread from its deadline
+            connection.buffer = b""     # once a round: who sends and sends must not keep this thread from its deadline
         elif came:
             self.advance(connection)
         elif connection.state in (READING, RECEIVING):
@@ -1368,7 +1359,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             with contextlib.suppress(OSError, ValueError):
                 connection.sock.unwrap()
         if linger:
-            connection.buffer.clear()
+            connection.buffer = b""
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_WR)
             return self.move(connection, CLOSING, LINGER)
@@ -1417,7 +1408,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         """In the child: it must not hold clients' connections open, nor the listeners, nor answer to our signals.
         Once: to the child's own children the descriptors may be something else."""
         if self.bell:
-            for each in (self.line.sock, self.selector, self.bell, *self.listeners,
+            for each in (self.line.sock, self.selector, self.bell.reader, self.bell.writer, *self.listeners,
                          *(connection.sock for room in self.rooms for connection in room)):
                 each.close()
             self.bell = None
@@ -1775,7 +1766,8 @@ class Master:
     def become_worker(self, child, line):
         """In the worker: close what is the master's and other generations', and run. Never returns."""
         try:
-            spare = [self.bell, *self.adopted.values(), *(each.line.sock for each in (child, *self.children.values()))]
+            spare = [self.bell.reader, self.bell.writer, *self.adopted.values(),
+                     *(each.line.sock for each in (child, *self.children.values()))]
             for other in filter(None, (self.current, self.upcoming)):
                 for text in other.listeners.keys() - child.generation.listeners.keys():
                     spare += other.listeners[text]
