@@ -1239,6 +1239,20 @@ def test_13_out_of_descriptors_is_a_pause_and_never_a_spin(serve):
     assert server.get().status == 200 and server.others() == pids
 
 
+def test_13_nor_is_it_a_reset_of_those_who_are_queued_at_a_stop(serve):
+    """Guards: a queue that nobody takes over is emptied when there are descriptors again."""
+    server = serve(workers=1, threads=1, prefix=["sh", "-c", 'ulimit -n 48; exec "$@"', "sh"])
+    busy = server.hold("busy")
+    queued = [server.connect() for _ in range(100)]
+    for client in queued:
+        client.request("GET", "/queued")
+    server.signal(SIGTERM)
+    server.wait_log("open files")
+    server.release("busy")
+    assert {client.answer().status for client in [busy, *queued]} == {200}
+    assert server.process.wait(DEADLINE) == 0
+
+
 def test_13_a_fork_that_fails_is_a_pause_and_never_a_crash(serve, folder):
     """Guards: the OSError of os.fork, injected here into the real process: no signal is lost, no worker forgotten."""
     (folder / "sitecustomize.py").write_text(FAULTS)
@@ -2283,6 +2297,8 @@ def test_operator_unix_sockets(serve, folder):
     assert server.get(address=path).status == 200, "the refused one has not taken it away"
     server.reload(listen=f"unix:{other}")
     until(lambda: not path.exists())
+    other.unlink()  # by some cleaner of folders: that is no reason to refuse all further reloads
+    server.reload()
     server.stop()
     assert not other.exists()
 
@@ -2326,6 +2342,7 @@ def test_operator_socket_activation(serve, folder):
         server = serve(listen=f"127.0.0.1:{tcp.getsockname()[1]} unix:{folder / 'socket'}", popen={"pass_fds": numbers},
                        prefix=[PYTHON, "-c", HAND_OVER, ",".join(map(str, numbers))])
         assert not [key for key in server.get("/environment").json if key.startswith("LISTEN_")]
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), "an answer in two pieces would take 40 ms"
         with Load(server, keep=0, closing=4) as load:
             load.more()
             server.reload()
