@@ -870,7 +870,7 @@ class Exchange(socketserver.BaseRequestHandler):
             self.fail(refusal)
         except BaseException:           # sys.exit() in a request is the application's error, too
             log.exception("%s: %s", connection.client, escaped(request.line))
-            if not self.head_sent or self.left != 0:        # if so, the answer is whole, and another may follow
+            if not self.head_sent or self.left != 0:        # else the answer is whole, and another may follow
                 self.fail(Refusal(500, "the application failed"))
         if self.body and self.keep:
             self.body.skip()
