@@ -81,8 +81,8 @@ access_log = logging.getLogger("hupserve.access")
 # ---- Words: the states, each listed once, and who moves what on which event ------------------------
 
 class State(enum.IntEnum):
-    """Where a connection is; Worker.move() alone changes it. Input takes it as far towards WAITING as it reaches. In
-    WAITING and IN_FLIGHT nothing else ends it; in the others its deadline or its client's end closes it."""
+    """Where a connection is; Worker.move() alone changes it. Input takes it as far towards WAITING as it reaches. Its
+    deadline or its client's end closes it, except in WAITING and IN_FLIGHT."""
     NEW = 0         # nothing of a first request has come (nor all of a TLS handshake)
     IDLE = 1        # kept alive, and nothing of a next request has come
     READING = 2     # a part of a head has come
@@ -93,7 +93,7 @@ class State(enum.IntEnum):
 
 
 class Life(enum.IntEnum):
-    """Where a worker is, as the master sees it and, from BOOTING on, as it knows itself."""
+    """Where a worker is, as the master sees it; from BOOTING on, as it knows itself, too."""
     VACANT = 0      # to be forked                    -> BOOTING (now, or after the back-off)
     BOOTING = 1     # loads the application           -> READY (it says "ready")
     READY = 2       # loaded, accepts nothing         -> SERVING (the master says "go")
@@ -620,8 +620,7 @@ def collect(block):
 
 @functools.lru_cache(maxsize=128)
 def parse_fields(block, http11):
-    """Field lines -> (their part of an environ, length, expect, keep) as in Request (RFC 9112 section 6). Raises
-    Refusal. Cached, as parse_head() is: a client repeats them from request to request."""
+    """Field lines -> (their part of an environ, length, expect, keep), as in Request (RFC 9112 section 6)."""
     environ = collect(block)
     length, chunked = environ.get("CONTENT_LENGTH", "0"), "HTTP_TRANSFER_ENCODING" in environ
     codings = [coding.strip(" \t") for coding in environ.get("HTTP_TRANSFER_ENCODING", "none").lower().split(",")]
@@ -652,7 +651,7 @@ def parse_line(line):
     return match.groups()
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=128)       # and parse_fields: a client repeats itself, one way or the other
 def parse_head(head):
     """A head, without its empty line -> Request (RFC 9112, PEP 3333). Raises Refusal."""
     line, _, block = head.partition(b"\r\n")
@@ -670,7 +669,7 @@ def parse_head(head):
     path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")     # OPTIONS *
     environ = {**fields, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
                "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if minor != "0" else "HTTP/1.0"}
-    return Request(line.decode("latin-1"), environ, *framing, minor != "0")
+    return Request(line.decode().translate(ESCAPES), environ, *framing, minor != "0")
 
 
 class Connection:
@@ -682,7 +681,6 @@ class Connection:
     buffer = b""                # what has arrived and is not used yet
     scanned = 0                 # bytes of the buffer in which no end of a head was found
     request: Any = None         # a Request, once its head is complete
-    body = b""                  # its body, where that was short enough to be read beforehand
     keep = False                # the exchange's decision
     linger = True               # may its client still be sending when it is closed?
 
@@ -692,8 +690,10 @@ class Connection:
 
     @property
     def line(self):
-        """The request's first line, or what has come of it."""
-        return self.request.line if self.request else self.buffer[:80].partition(b"\r\n")[0].decode("latin-1")
+        """The request's first line, or what has come of it, as fit for a log."""
+        if self.request:
+            return self.request.line
+        return self.buffer[:80].partition(b"\r\n")[0].decode("latin-1").translate(ESCAPES)
 
     def receive(self, size=PIECE):
         """One read into the buffer -> True: something came; None: not yet; False: nothing will (its end, an error)."""
@@ -710,7 +710,7 @@ class Connection:
         return bool(data)
 
     def take_request(self, max_body):
-        """Take the next request off the buffer, with its body if that is short -> is it there? Raises Refusal."""
+        """Take the next request off the buffer -> is it there, and its body, if that is short? Raises Refusal."""
         if self.request is None:
             if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
                 self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
@@ -723,11 +723,7 @@ class Connection:
             if 0 < max_body < (self.request.length or 0):
                 raise Refusal(413, f"more than {max_body} bytes")
         length = self.request.length or 0
-        if 0 < length <= SMALL_BODY and not self.request.expect:
-            if len(self.buffer) < length:
-                return False
-            self.body, self.buffer = self.buffer[:length], self.buffer[length:]
-        return True
+        return length > SMALL_BODY or self.request.expect or len(self.buffer) >= length
 
     def look(self):
         """A head that is not complete: what is wrong with it already? Raises Refusal."""
@@ -742,9 +738,8 @@ class Connection:
 
 
 class Body(io.RawIOBase):
-    """A request body as it comes off the connection, for wsgi.input (RFC 9112 sections 6 and 7.1), in a BufferedReader,
-    which knows how to read, readline and iterate. Never reads beyond its end. Raises Refusal, and from then on at every
-    read, where it is malformed, too long or cut short, or nothing comes for io_timeout seconds."""
+    """A request body as it comes off the connection (RFC 9112 sections 6 and 7.1): wsgi.input, but for the buffering.
+    Every read raises Refusal, once it is malformed, too long, cut short, or nothing came for io_timeout seconds."""
     size = 0                    # bytes in the chunks so far
     refusal: Any = None
 
@@ -811,24 +806,23 @@ class Body(io.RawIOBase):
     def skip(self):
         """Read on -> was the end found?"""
         with contextlib.suppress(Refusal):
-            while self.readinto(bytearray(PIECE)):
-                pass
+            self.readall()
         return not self.chunked and not self.left
 
-    def arrived(self):
-        """Is what is not read yet here, so that it can be skipped? Tried on a copy: the application may yet read it."""
+    def what_follows(self):
+        """-> the input behind it, if all of it is here, so that it can be skipped; else None. Found out on a copy: the
+        application may yet read it."""
         while len(self.connection.buffer) < SKIPPABLE and self.connection.receive():
             pass
-        trial = Body(self.exchange)
-        trial.__dict__.update(vars(self), connection=types.SimpleNamespace(
-            buffer=self.connection.buffer, receive=lambda size: False))
-        return trial.skip()
+        trial, copy = Body(self.exchange), types.SimpleNamespace(buffer=self.connection.buffer, receive=lambda size: 0)
+        trial.__dict__.update(vars(self), connection=copy)
+        return copy.buffer if trial.skip() else None
 
 
 @functools.lru_cache(maxsize=128)
 def begin_head(status, headers, second):
     """What start_response was given -> (a head's bytes, without framing; the Content-Length or None; may the connection
-    be kept?). Raises ValueError or TypeError. Cached: applications repeat themselves, and a Date lasts a second."""
+    be kept?). Raises ValueError or TypeError."""
     if not STATUS.fullmatch(status):
         raise ValueError(f"{status!r} is no status")
     ours = {"date": f"Date: {email.utils.formatdate(second, usegmt=True)}", "server": "Server: hupserve"}
@@ -850,8 +844,7 @@ def begin_head(status, headers, second):
 
 
 class Exchange(socketserver.BaseRequestHandler):
-    """One request and its response, in a thread. What socketserver calls the request is the connection, and the server
-    is the worker. Afterwards connection.keep says whether it may go on."""
+    """One request and its response, in a thread. socketserver calls the connection request, and the worker server."""
     status = ""                         # of the response, as the application gave it
     left: Optional[int] = None          # bytes of body that its Content-Length still allows
     sent = 0                            # bytes of body
@@ -860,16 +853,16 @@ class Exchange(socketserver.BaseRequestHandler):
     def handle(self):
         connection, request, config = self.request, self.request.request, self.server.config
         self.keep = request.keep and config.keepalive_timeout > 0
-        self.body = None if request.length == 0 or connection.body else Body(self)
-        given = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO(connection.body)
+        self.body = None if request.length == 0 else Body(self)
+        given = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO()
         try:
             environ = {**connection.base, **request.environ, "wsgi.input": given}
             self.respond(self.server.application(environ, self.start_response))
         except Refusal as refusal:      # out of wsgi.input, where the application let it through, or out of send()
-            log.debug("%s: %s: %s", connection.client, escaped(request.line), refusal.reason)
+            log.debug("%s: %s: %s", connection.client, request.line, refusal.reason)
             self.fail(refusal)
         except BaseException:           # sys.exit() in a request is the application's error, too
-            log.exception("%s: %s", connection.client, escaped(request.line))
+            log.exception("%s: %s", connection.client, request.line)
             if not self.head_sent or self.left != 0:        # else the answer is whole, and another may follow
                 self.fail(Refusal(500, "the application failed"))
         if self.body and self.keep:
@@ -893,7 +886,7 @@ class Exchange(socketserver.BaseRequestHandler):
                 self.send(b"0\r\n\r\n")
             elif self.left:
                 self.keep = False
-                log.error("%s: %d bytes less than its Content-Length", escaped(self.request.line), self.left)
+                log.error("%s: %d bytes less than its Content-Length", self.request.line, self.left)
         finally:
             if hasattr(result, "close"):
                 result.close()
@@ -926,21 +919,19 @@ class Exchange(socketserver.BaseRequestHandler):
             self.keep = False
         if no_body:
             self.left = 0
-        if self.body and self.keep:
-            self.keep = self.body.arrived()
-        if self.server.life == DRAINING and self.keep:      # what is here already is answered, too
-            self.keep = bool(connection.buffer or connection.receive())
+        if self.keep:       # in a drain, too, if more is here already: that is answered, too
+            behind = self.body.what_follows() if self.body else connection.buffer
+            self.keep = behind is not None and (self.server.life != DRAINING or bool(behind or connection.receive()))
         self.head_sent = True
         last = b"\r\nConnection: close" if not self.keep else b"" if request.http11 else b"\r\nConnection: keep-alive"
         return head + last + b"\r\n\r\n"
 
     def write(self, data, whole=False):
-        """Send a piece of the body, the head before the first (PEP 3333's write callable, too). What is more than the
-        announced length never reaches the wire: it would pose as the next response."""
+        """Send a piece of the body, the head before the first (PEP 3333's write callable, too)."""
         if not isinstance(data, bytes):
             raise TypeError(f"the application gave {type(data).__name__}, not bytes")
         head = b"" if self.head_sent else self.head(len(data) if whole else None)
-        data = data[:self.left]     # or all of it
+        data = data[:self.left]     # or all of it; more than was announced would pose as the next response
         framed = b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data
         self.send(head + framed)
         self.sent += len(data)
@@ -956,15 +947,11 @@ class Exchange(socketserver.BaseRequestHandler):
         """All of the bytes. Raises Refusal where the client is gone, or takes nothing for io_timeout seconds."""
         while data:
             try:
-                sent = self.request.sock.send(data)
+                data = memoryview(data)[self.request.sock.send(data):]
             except WOULD_BLOCK:
                 self.wait(select.POLLOUT)
             except OSError as error:
                 raise Refusal(408, f"client gone: {reason_of(error)}") from None
-            else:
-                if sent == len(data):
-                    return
-                data = memoryview(data)[sent:]
 
     def send_file(self, file):
         """From where it stands to its end -> False: it has to be read. (A GzipFile's descriptor is no plain file's.)"""
@@ -997,25 +984,17 @@ class Exchange(socketserver.BaseRequestHandler):
 def log_access(connection, status, sent):
     """A line in the combined format, plus the seconds since its last move(): of an answered one, since dispatch()."""
     environ = connection.request.environ if connection.request else {}
-    access_log.info('%s - - [%s] "%s" %s %d "%s" "%s" %.6f', connection.client,
-                    time.strftime("%d/%b/%Y:%H:%M:%S %z"), escaped(connection.line), status, sent,
-                    escaped(environ.get("HTTP_REFERER", "-")), escaped(environ.get("HTTP_USER_AGENT", "-")),
-                    time.monotonic() - connection.since)
-
-
-def escaped(text):
-    return text.translate(ESCAPES)
+    referer, agent = [environ.get(f"HTTP_{name}", "-").translate(ESCAPES) for name in ("REFERER", "USER_AGENT")]
+    access_log.info('%s - - [%s] "%s" %s %d "%s" "%s" %.6f', connection.client, time.strftime("%d/%b/%Y:%H:%M:%S %z"),
+                    connection.line, status, sent, referer, agent, time.monotonic() - connection.since)
 
 
 # ---- The worker: its loop first, then orders, accept, read, dispatch, take back, close --------------
 
 class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
-    """A server whose socketserver "request" is a connection with a complete request on it.
-
-    Its main thread alone registers, unregisters and closes sockets: were a thread to close one, its descriptor could be
-    another connection's before the selector hears of it. From dispatch() to take_back() a connection is a thread's, who
-    alone reads and writes it; the in-flight counter, which the main thread alone writes, counts these."""
-
+    """Its main thread alone registers, unregisters and closes sockets: were a thread to close one, its descriptor could
+    be another connection's before the selector hears of it. From dispatch() to take_back() a connection is a thread's,
+    who alone reads and writes it; the in-flight counter, which the main thread alone writes, counts these."""
     application: Any = None             # once it is loaded
     life = BOOTING
     accepting = False                   # are the listeners registered?
@@ -1045,8 +1024,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self.disown)
 
     def run(self):
-        """Until an order has closed the listeners, and each connection has gone or drain_timeout is over. Each step
-        does what is due, and only wait() waits."""
+        """Until an order has closed the listeners, and each connection has gone or drain_timeout is over."""
         self.still.acquire()
         while self.life != DRAINING or self.listeners or (self.count and self.now < self.give_up_at):
             events = self.wait()
@@ -1064,9 +1042,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.still.release()
 
     def wait(self):
-        """Until something comes, is due or a thread rings -> selector events. While there are jobs, it first leaves the
-        interpreter's lock to the thread that was woken for all of them, until that rings or a millisecond is over. Then
-        dispatch() wakes another: the first may be stuck, or had gone to sleep just as they came."""
+        """-> selector events. While there are jobs, it first leaves the interpreter's lock to the thread that was woken
+        for all, until it rings or a millisecond is over. Then dispatch() wakes another: the first may be stuck."""
         self.still.release()
         if self.jobs:
             comes_in_time(self.bell, select.POLLIN, 0.001 if self.now >= self.thread_at else PAUSE)
@@ -1084,23 +1061,26 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             return
         idle = len(self.rooms[NEW]) + len(self.rooms[IDLE])
         reading = len(self.rooms[READING]) + len(self.rooms[RECEIVING])
-        waits_for = [{"client": connection.client, "request": without_query(connection.line)[:60],
-                      "since": connection.since}
-                     for connection in itertools.islice(self.rooms[IN_FLIGHT], 8 if self.life == DRAINING else 0)]
         facts = {"pid": os.getpid(), "worker": self.number, "generation": self.generation.number,
                  "state": self.life.name.lower(), "idle": idle, "reading": reading, "in_flight": self.in_flight,
-                 "served": self.served, "waits_for": waits_for}
+                 "served": self.served, "waits_for": self.waits_for(8) if self.life == DRAINING else []}
         if facts != self.facts:
             self.facts, self.report_at = facts, self.now + 0.02
             scoreboard.write(self.slot, facts)
 
+    def waits_for(self, count):
+        """-> the oldest requests in flight, without their queries, which hold secrets."""
+        return [{"client": connection.client, "request": re.split(r"[?]| HTTP/", connection.line)[0][:60],
+                 "since": connection.since} for connection in itertools.islice(self.rooms[IN_FLIGHT], count)]
+
     def explain(self):
         """What every operator asks: why is the old worker still there?"""
         if self.now >= self.explain_at:
-            self.explain_at, oldest = self.now + DRAIN_REPORT, next(iter(self.rooms[IN_FLIGHT]), None)
+            self.explain_at = self.now + DRAIN_REPORT
+            oldest = ["; the oldest: {client} {request}".format(**wait) + f" for {self.now - wait['since']:.0f} s"
+                      for wait in self.waits_for(1)]
             log.info("still draining: %d in flight, %d other connections%s", self.in_flight,
-                     self.count - self.in_flight, f"; the oldest: {oldest.client} "
-                     f"{escaped(without_query(oldest.line))} for {self.now - oldest.since:.0f} s" if oldest else "")
+                     self.count - self.in_flight, "".join(oldest))
 
     # Orders
     def obey(self):
@@ -1127,8 +1107,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.drain(self.generation.listeners.keys() - self.generation.borrowed, self.config.idle_grace)
 
     def drain(self, dropped, grace):
-        """Accept no more, finish what has begun. dropped: addresses that nobody takes over; whoever is queued there has
-        been let in by the kernel, and the close would reset him. grace: for the idle; a later order can shorten it."""
+        """Accept no more, finish what has begun. dropped: addresses that nobody takes over: close() would reset who is
+        queued there. grace: seconds for the idle; a later order can shorten it."""
         listened = self.life >= SERVING     # before "go" perhaps nobody did, and accept() would fail for ever
         self.life = DRAINING
         if self.explain_at == FOREVER:      # the first order
@@ -1170,8 +1150,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 return
 
     def resume_accepting(self):
-        """As soon as a thread is free, before dispatch() takes it: else clients that are connected already could keep
-        the newcomers out."""
+        """As soon as a thread is free, and before dispatch() takes it: else kept clients could starve the newcomers."""
         if self.life == SERVING and not self.accepting and self.now >= self.accept_at and self.may_accept():
             self.accepting = True
             for listener in self.listeners:
@@ -1231,8 +1210,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # Move, and read
     def move(self, connection, state, seconds=FOREVER):
-        """To a state, for so many seconds at most; where there is a limit, it is registered for input. In one state all
-        are given the same time, so that the first in a room is the first that is due."""
+        """To a state, for so many seconds at most; where there is a limit, it is registered for input. All in a room
+        are given the same time, so that the first is the first that is due."""
         self.rooms[connection.state].pop(connection, None)
         self.rooms[state][connection] = None
         connection.state, connection.since, connection.deadline = state, self.now, self.now + seconds
@@ -1284,7 +1263,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.move(connection, READING, self.config.header_timeout)
 
     def refuse(self, connection, refusal):
-        log.debug("%s: %s: %s", connection.client, escaped(connection.line), refusal.reason)
+        log.debug("%s: %s: %s", connection.client, connection.line, refusal.reason)
         with contextlib.suppress(OSError):      # a few hundred bytes into an empty buffer: no waiting
             connection.sock.send(refusal.response(connection.line))
         if self.config.access_log != "off":
@@ -1293,32 +1272,26 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # Dispatch, and take back
     def dispatch(self):
-        """Hand complete requests to free threads, first come, first served. One thread is woken for all of them: at the
-        interpreter's lock they take turns anyway, and every switch costs."""
+        """Hand complete requests to free threads. One thread is woken for all of them: at the interpreter's lock they
+        take turns anyway, and every switch costs."""
         waiting = self.rooms[WAITING]
         while waiting and self.in_flight < self.config.threads:
             connection = next(iter(waiting))
             self.move(connection, IN_FLIGHT)
             self.in_flight += 1
-            self.process_request(connection, connection.client)
+            self.jobs.append(connection)
         if self.jobs and self.sleeping:
             self.sleeping.pop().release()
         elif self.jobs and self.threads < self.config.threads and self.now >= self.thread_at:
             try:
                 threading.Thread(target=self.work, daemon=True, name=f"request-{self.threads}").start()
-                self.threads, self.thread_at = self.threads + 1, 0.0
+                self.threads += 1
             except RuntimeError as error:       # those there are go on
-                if not self.thread_at:
-                    log.error("%s; trying again every %g s", error, PAUSE)
+                log.error("%s; trying again in %g s", error, PAUSE)
                 self.thread_at = self.now + PAUSE
 
-    def process_request(self, request, client_address):
-        """ThreadingMixIn would start a thread for each, which costs more than most requests do."""
-        request.keep, request.linger = False, True
-        self.jobs.append(request)
-
     def work(self):
-        """In a thread: one job after another."""
+        """In a thread: one job after another. To start a thread for each would cost more than most of them do."""
         gate = threading.Lock()
         gate.acquire()
         while True:
@@ -1331,8 +1304,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.process_request_thread(connection, connection.client)  # Exchange.handle(), shutdown_request()
 
     def shutdown_request(self, request):
-        """In a thread: the connection goes back. While there are jobs, this thread goes on with the next, and the main
-        thread hears of all at once."""
+        """In a thread: the connection goes back. The main thread hears of a batch at once."""
         self.returned.append(request)
         if not self.jobs:
             self.bell.ring()
@@ -1340,7 +1312,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def take_back(self):
         while self.returned:
             connection = self.returned.popleft()
-            connection.request, connection.body = None, b""
+            connection.request = None
             self.in_flight -= 1
             self.served += 1
             if not connection.keep:     # closed at once, if the client has asked for that and sent nothing more
@@ -1353,8 +1325,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # Close, and expire
     def close(self, connection, linger=False):
-        """linger: shut only the sending side, and discard what still comes until the client ends, too. Closing a socket
-        with unread input sends a reset, which can overtake the answer (RFC 9112 section 9.6)."""
+        """linger: shut only the sending side, and discard what still comes: closing a socket with unread input sends a
+        reset, which can overtake the answer (RFC 9112 section 9.6)."""
         if connection.tls:      # close_notify: without it what was sent could have been cut short by anybody
             with contextlib.suppress(OSError, ValueError):
                 connection.sock.unwrap()
@@ -1370,8 +1342,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         connection.sock.close()
 
     def evict(self, seconds=0):
-        """Close the connection that has been idle longest, and so for these seconds at least -> was there one? If its
-        next request has come, it is read instead: still True."""
+        """Close, or read if it has spoken, what has been idle longest, for these seconds at least -> was there one?"""
         idle = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
         oldest = min(idle, key=operator.attrgetter("since"), default=None)
         if not oldest or oldest.since > self.now - seconds:
@@ -1381,8 +1352,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         return True
 
     def expire(self):
-        """End what is due. An idle connection is read once more just before: a request that has come by now is
-        answered, and the moment in which one can be missed is a few system calls long."""
+        """End what is due. An idle connection is read once more just before: the moment in which its next request can
+        be missed is a few system calls long."""
         for room in self.rooms:
             while room and next(iter(room)).deadline <= self.now:
                 connection = next(iter(room))
@@ -1395,8 +1366,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # When the application forks, as multiprocessing does
     def before_fork(self):
-        """Not while a socket is on its way from one room to another, or just accepted, for the child would keep it
-        open; and a TERM to the child has to wait until disown() is done."""
+        """Not while a socket is just accepted, or between two rooms: the child would keep it open. And a TERM to the
+        child has to wait until disown() is done."""
         self.still.acquire()
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
 
@@ -1405,8 +1376,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.still.release()
 
     def disown(self):
-        """In the child: it must not hold clients' connections open, nor the listeners, nor answer to our signals.
-        Once: to the child's own children the descriptors may be something else."""
+        """In the child: it must not hold clients' connections open, nor the listeners, nor answer to our signals. Once:
+        in its own children the descriptors may be something else."""
         if self.bell:
             for each in (self.line.sock, self.selector, self.bell.reader, self.bell.writer, *self.listeners,
                          *(connection.sock for room in self.rooms for connection in room)):
@@ -1417,11 +1388,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             for signum in MASTER_SIGNALS:
                 signal.signal(signum, signal.SIG_DFL)
         self.after_fork()
-
-
-def without_query(line):
-    """A request line -> its method and path. Queries hold secrets."""
-    return re.split(r"[?]| HTTP/", line)[0]
 
 
 class ErrorsToLog(io.TextIOBase):
@@ -1440,9 +1406,8 @@ def run_worker(generation, number, slot, line):
         signal.signal(signum, signal.SIG_DFL)   # until it serves, it dies of TERM at once
     bell.hang(LOADING_SIGNALS)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    flags = fcntl.fcntl(line, fcntl.F_GETFL)
     fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(line, fcntl.F_SETFL, flags | os.O_ASYNC)        # SIGIO ends it, if the master ends while it loads
+    fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)    # SIGIO ends it, if the master ends while it loads
     worker = Worker(generation, number, slot, line, bell)
     worker.report()
     try:
@@ -1454,7 +1419,7 @@ def run_worker(generation, number, slot, line):
         log.exception("the application does not load")
         line.say("failed", 1, f"the application does not load: {type(error).__name__}: {one_line(error)[:500]}")
         return 1
-    fcntl.fcntl(line, fcntl.F_SETFL, flags)
+    fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
     worker.life = READY
     line.say("ready")
     worker.run()
@@ -1478,8 +1443,8 @@ def prepare(config):
 
 
 def leave(status):
-    """Exit a worker. A thread that hangs would hold sys.exit() for ever; os._exit() alone would skip what is to be done
-    at exit, and multiprocessing would leave orphans."""
+    """Exit a worker. A thread that hangs would hold sys.exit() for ever; os._exit() alone would skip what atexit has to
+    do, and multiprocessing would leave orphans."""
     for last in (atexit._run_exitfuncs, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
         with contextlib.suppress(BaseException):
             last()
