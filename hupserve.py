@@ -589,6 +589,11 @@ class Refusal(OSError):
         return (head if line.startswith("HEAD ") else head + body).encode()
 
 
+def refuse_if(wrong, status, reason):
+    if wrong:
+        raise Refusal(status, reason)
+
+
 class Request(NamedTuple):
     line: str
     environ: dict           # what the head says, in PEP 3333's words; shared, and so never changed
@@ -600,13 +605,10 @@ class Request(NamedTuple):
 
 def collect(block):
     """Field lines -> their part of an environ (RFC 9112 section 5). Raises Refusal."""
-    lines = block.decode("latin-1").split("\r\n")[:-1]
-    if len(lines) > MAX_FIELDS:
-        raise Refusal(431, f"more than {MAX_FIELDS} header fields")
-    environ: dict = {}
+    lines, environ = block.decode("latin-1").split("\r\n")[:-1], {}
+    refuse_if(len(lines) > MAX_FIELDS, 431, f"more than {MAX_FIELDS} header fields")
     for match in map(FIELD.fullmatch, lines):
-        if not match:
-            raise Refusal(400, "malformed header field")
+        refuse_if(not match, 400, "malformed header field")
         if "_" in match[1]:
             continue        # X_Y and X-Y are one in the environ: one could pose as the other
         name, value = match[1].upper().replace("-", "_"), match[2].strip(" \t")
@@ -625,17 +627,14 @@ def parse_fields(block, http11):
     length, chunked = environ.get("CONTENT_LENGTH", "0"), "HTTP_TRANSFER_ENCODING" in environ
     codings = [coding.strip(" \t") for coding in environ.get("HTTP_TRANSFER_ENCODING", "none").lower().split(",")]
     expect = environ.get("HTTP_EXPECT", "").lower() if http11 else ""
-    for wrong, status, reason in (
-            (http11 and "HTTP_HOST" not in environ, 400, "no Host"),
-            (not re.fullmatch(AUTHORITY, environ.get("HTTP_HOST", "")), 400, "invalid Host"),
-            (not LENGTH.fullmatch(length), 400, "invalid Content-Length"),
-            (chunked and "CONTENT_LENGTH" in environ, 400, "both Content-Length and Transfer-Encoding"),
-            (chunked and not http11, 400, "Transfer-Encoding in HTTP/1.0"),
-            (codings.count("chunked") > 1 or "" in codings, 400, "invalid Transfer-Encoding"),
-            (chunked and codings != ["chunked"], 501, "unknown transfer coding"),
-            (expect not in ("", "100-continue"), 417, "unknown expectation")):
-        if wrong:
-            raise Refusal(status, reason)
+    refuse_if(http11 and "HTTP_HOST" not in environ, 400, "no Host")
+    refuse_if(not re.fullmatch(AUTHORITY, environ.get("HTTP_HOST", "")), 400, "invalid Host")
+    refuse_if(not LENGTH.fullmatch(length), 400, "invalid Content-Length")
+    refuse_if(chunked and "CONTENT_LENGTH" in environ, 400, "both Content-Length and Transfer-Encoding")
+    refuse_if(chunked and not http11, 400, "Transfer-Encoding in HTTP/1.0")
+    refuse_if(codings.count("chunked") > 1 or "" in codings, 400, "invalid Transfer-Encoding")
+    refuse_if(chunked and codings != ["chunked"], 501, "unknown transfer coding")
+    refuse_if(expect not in ("", "100-continue"), 417, "unknown expectation")
     options = [option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")]
     keep = "close" not in options and (http11 or "keep-alive" in options)
     return environ, None if chunked else int(length), expect != "", keep
@@ -643,11 +642,9 @@ def parse_fields(block, http11):
 
 def parse_line(line):
     """A request line -> method, target, major and minor version (RFC 9112 section 3). Raises Refusal."""
-    if len(line) > MAX_LINE:
-        raise Refusal(414, f"a request line of more than {MAX_LINE} bytes")
+    refuse_if(len(line) > MAX_LINE, 414, f"a request line of more than {MAX_LINE} bytes")
     match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
-    if not match:
-        raise Refusal(400, "malformed request line")
+    refuse_if(not match, 400, "malformed request line")
     return match.groups()
 
 
@@ -656,13 +653,11 @@ def parse_head(head):
     """A head, without its empty line -> Request (RFC 9112, PEP 3333). Raises Refusal."""
     line, _, block = head.partition(b"\r\n")
     method, target, major, minor = parse_line(line)
-    if major != "1":
-        raise Refusal(400 if major == "0" else 505, f"HTTP/{major}.{minor} is not spoken here")
-    if method == "CONNECT":
-        raise Refusal(501, "this is no proxy")
+    refuse_if(major != "1", 400 if major == "0" else 505, f"HTTP/{major}.{minor} is not spoken here")
+    refuse_if(method == "CONNECT", 501, "this is no proxy")
     absolute = None if target[0] == "/" else ABSOLUTE.fullmatch(target)
-    if "#" in target or not (target[0] == "/" or absolute or (method, target) == ("OPTIONS", "*")):
-        raise Refusal(400, "malformed request target")
+    proper = target[0] == "/" or absolute or (method, target) == ("OPTIONS", "*")
+    refuse_if("#" in target or not proper, 400, "malformed request target")
     fields, *framing = parse_fields(block, minor != "0")
     host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
     path, _, query = target.partition("?")
@@ -703,8 +698,7 @@ class Connection:
                 data += self.sock.recv(PIECE)
         except WOULD_BLOCK:
             return None
-        except OSError as error:
-            log.debug("%s: %s", self.client, reason_of(error))
+        except OSError:
             return False
         self.buffer += data
         return bool(data)
@@ -720,8 +714,7 @@ class Connection:
                 return False
             self.request = parse_head(self.buffer[:end + 2])
             self.buffer, self.scanned = self.buffer[end + 4:], 0
-            if 0 < max_body < (self.request.length or 0):
-                raise Refusal(413, f"more than {max_body} bytes")
+            refuse_if(0 < max_body < (self.request.length or 0), 413, f"more than {max_body} bytes")
         length = self.request.length or 0
         return length > SMALL_BODY or self.request.expect or len(self.buffer) >= length
 
@@ -730,10 +723,8 @@ class Connection:
         line, crlf, _ = self.buffer.partition(b"\r\n")
         if crlf or len(line) > MAX_LINE:
             parse_line(line)
-        if DOUBTFUL.search(self.buffer, max(0, self.scanned - 1)):
-            raise Refusal(400, "NUL, bare CR or bare LF in a head")
-        if len(self.buffer) > MAX_HEAD:
-            raise Refusal(431, f"a head of more than {MAX_HEAD} bytes")
+        refuse_if(DOUBTFUL.search(self.buffer, max(0, self.scanned - 1)), 400, "NUL, bare CR or bare LF in a head")
+        refuse_if(len(self.buffer) > MAX_HEAD, 431, f"a head of more than {MAX_HEAD} bytes")
         self.scanned = len(self.buffer)
 
 
@@ -744,7 +735,8 @@ class Body(io.RawIOBase):
     refusal: Any = None
 
     def __init__(self, exchange):
-        self.exchange, self.connection, request = exchange, exchange.request, exchange.request.request
+        self.exchange, self.connection, self.max_body = exchange, exchange.request, exchange.server.config.max_body
+        request = self.connection.request
         self.chunked = request.length is None       # and the last chunk has not come
         self.left = request.length or 0             # bytes of it, or of its chunk, that are not read
         self.invites = request.expect and not self.connection.buffer
@@ -773,8 +765,7 @@ class Body(io.RawIOBase):
             self.take_line(EMPTY, 1)
         self.left = int(self.take_line(CHUNK_LINE)[1], 16)
         self.size += self.left
-        if 0 < self.exchange.server.config.max_body < self.size:
-            raise Refusal(413, f"more than {self.exchange.server.config.max_body} bytes")
+        refuse_if(0 < self.max_body < self.size, 413, f"more than {self.max_body} bytes")
         if not self.left:   # the last: trailers, which must be well-formed and are discarded, and an empty line
             for _ in range(MAX_FIELDS + 1):
                 if self.take_line(TRAILER)[0] == b"\r":
@@ -788,8 +779,7 @@ class Body(io.RawIOBase):
             self.fill()
         line, _, self.connection.buffer = self.connection.buffer.partition(b"\n")
         match = pattern.fullmatch(line)
-        if not match or len(line) > limit:
-            raise Refusal(400, "malformed chunk")
+        refuse_if(not match or len(line) > limit, 400, "malformed chunk")
         return match
 
     def fill(self):
@@ -800,8 +790,7 @@ class Body(io.RawIOBase):
                 self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.invites = False
             self.exchange.wait(select.POLLIN)
-        if not came:
-            raise Refusal(400, "the body was cut short")
+        refuse_if(not came, 400, "the body was cut short")
 
     def skip(self):
         """Read on -> was the end found?"""
@@ -940,8 +929,8 @@ class Exchange(socketserver.BaseRequestHandler):
 
     def wait(self, event):
         """Until the socket can be read (POLLIN) or written (POLLOUT). Raises Refusal: it took too long."""
-        if not comes_in_time(self.request.sock, event, self.server.config.io_timeout):
-            raise Refusal(408, f"no progress for {self.server.config.io_timeout:g} s")
+        seconds = self.server.config.io_timeout
+        refuse_if(not comes_in_time(self.request.sock, event, seconds), 408, f"no progress for {seconds:g} s")
 
     def send(self, data):
         """All of the bytes. Raises Refusal where the client is gone, or takes nothing for io_timeout seconds."""
