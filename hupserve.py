@@ -704,19 +704,21 @@ class Connection:
         return bool(data)
 
     def take_request(self, max_body):
-        """Take the next request off the buffer -> is it there, and its body, if that is short? Raises Refusal."""
+        """Take the next request off the buffer -> the State to which what has arrived takes it. Raises Refusal."""
         if self.request is None:
             if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
                 self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
+            if self.buffer in (b"", b"\r"):         # an empty line is no request
+                return min(self.state, IDLE)
             end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
             if not 0 <= end <= MAX_HEAD:
                 self.look()
-                return False
+                return READING
             self.request = parse_head(self.buffer[:end + 2])
             self.buffer, self.scanned = self.buffer[end + 4:], 0
             refuse_if(0 < max_body < (self.request.length or 0), 413, f"more than {max_body} bytes")
         length = self.request.length or 0
-        return length > SMALL_BODY or self.request.expect or len(self.buffer) >= length
+        return WAITING if length > SMALL_BODY or self.request.expect or len(self.buffer) >= length else RECEIVING
 
     def look(self):
         """A head that is not complete: what is wrong with it already? Raises Refusal."""
@@ -999,9 +1001,9 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.config, self.line, self.bell = generation.config, line, bell
         self.listeners = {listener: (text, self.base(listener))     # text: its address, as configured
                           for text, group in generation.listeners.items() for listener in group}
-        self.patience = self.config.header_timeout          # seconds for a first byte, a TLS handshake included
-        self.keepalive = self.config.keepalive_timeout      # seconds between two requests
-        self.rooms: list = [{} for _ in State]              # the connections by State, the longest there first
+        first, kept, body = self.config.header_timeout, self.config.keepalive_timeout, self.config.io_timeout
+        self.limits = [first, kept, first, body, FOREVER, FOREVER, LINGER]      # seconds, at most, in each State
+        self.rooms: list = [{} for _ in State]              # the connections in each, the longest there first
         self.jobs: collections.deque = collections.deque()          # handed to the threads
         self.returned: collections.deque = collections.deque()      # handed back by them
         self.sleeping: list = []                            # the gates of the threads that have nothing to do
@@ -1104,7 +1106,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.explain_at = self.now + DRAIN_REPORT
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
         self.stop_accepting()
-        self.patience, self.keepalive = min(self.patience, grace), min(self.keepalive, grace)
         for listener, (text, _) in list(self.listeners.items()):
             if listened and text in dropped:
                 turn_away(listener)
@@ -1112,8 +1113,10 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.listeners.pop(listener)
                 listener.close()
         self.empty_queues()
-        for connection in (*self.rooms[NEW], *self.rooms[IDLE]):
-            connection.deadline = min(connection.deadline, self.now + grace)
+        for state in (NEW, IDLE):
+            self.limits[state] = min(self.limits[state], grace)
+            for connection in self.rooms[state]:
+                connection.deadline = min(connection.deadline, self.now + grace)
 
     def empty_queues(self):
         """Of listeners that nobody takes over. Out of descriptors, it goes on when there may be some again."""
@@ -1172,7 +1175,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         host, port = address[:2] if isinstance(address, tuple) else ("", "")
         base = {**self.listeners[listener][1], "REMOTE_ADDR": host, "REMOTE_PORT": str(port)}
         connection = Connection(sock, host or "unix:", base, self.config.tls)
-        self.move(connection, NEW)
+        self.rooms[NEW][connection] = None
         self.read(connection)   # often its request is there already, and there is no need to register it
         return True
 
@@ -1198,22 +1201,14 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 "hupserve.generation": self.generation.number, "hupserve.worker": self.number}
 
     # Move, and read
-    def move(self, connection, state, seconds=FOREVER):
-        """To a state, for so many seconds at most; where there is a limit, it is registered for input. All in a room
-        are given the same time, so that the first is the first that is due."""
-        self.rooms[connection.state].pop(connection, None)
+    def move(self, connection, state):
+        """All in a room are given the same time, so that the first is the first that is due."""
+        del self.rooms[connection.state][connection]
         self.rooms[state][connection] = None
-        connection.state, connection.since, connection.deadline = state, self.now, self.now + seconds
-        if seconds != FOREVER and not connection.registered:
+        connection.state, connection.since, connection.deadline = state, self.now, self.now + self.limits[state]
+        if not connection.registered and state not in (WAITING, IN_FLIGHT):
             connection.registered = True
             self.selector.register(connection.sock, selectors.EVENT_READ, functools.partial(self.read, connection))
-
-    def park(self, connection):
-        """Idle until its first byte, or its next. Whoever is so already gets no more time than he had."""
-        if connection.state == IN_FLIGHT:
-            self.move(connection, IDLE, self.keepalive)
-        elif not connection.registered:
-            self.move(connection, NEW, self.patience)
 
     def read(self, connection):
         """Something has come, or may have."""
@@ -1225,11 +1220,11 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.selector.unregister(connection.sock)
             return
         came = connection.receive()
-        if came is None:
-            self.park(connection)
-        elif came and connection.state == CLOSING:
+        if came is None and connection.registered:
+            return
+        if came and connection.state == CLOSING:
             connection.buffer = b""     # once a round: who sends and sends must not keep this thread from its deadline
-        elif came:
+        elif came is not False:
             self.advance(connection)
         elif connection.state in (READING, RECEIVING):
             self.refuse(connection, Refusal(400, "the request was cut short"))
@@ -1239,17 +1234,11 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def advance(self, connection):
         """As far as what has arrived allows."""
         try:
-            complete = connection.take_request(self.config.max_body)
+            state = connection.take_request(self.config.max_body)
         except Refusal as refusal:
             return self.refuse(connection, refusal)
-        if complete:
-            self.move(connection, WAITING)
-        elif connection.request:
-            self.move(connection, RECEIVING, self.config.io_timeout)
-        elif connection.buffer in (b"", b"\r"):     # an empty line is no request
-            self.park(connection)
-        elif connection.state != READING:
-            self.move(connection, READING, self.config.header_timeout)
+        if state != connection.state or state == RECEIVING or not connection.registered:    # else it gets no more time
+            self.move(connection, state)
 
     def refuse(self, connection, refusal):
         log.debug("%s: %s: %s", connection.client, connection.line, refusal.reason)
@@ -1307,10 +1296,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             if not connection.keep:     # closed at once, if the client has asked for that and sent nothing more
                 came = bool(connection.buffer) or connection.receive()
                 self.close(connection, linger=connection.linger if came is None else came)
-            elif connection.buffer:
-                self.advance(connection)
             else:
-                self.park(connection)
+                self.advance(connection)
 
     # Close, and expire
     def close(self, connection, linger=False):
@@ -1323,7 +1310,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             connection.buffer = b""
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_WR)
-            return self.move(connection, CLOSING, LINGER)
+            return self.move(connection, CLOSING)
         if connection.registered:
             self.selector.unregister(connection.sock)
         del self.rooms[connection.state][connection]
