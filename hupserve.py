@@ -1112,7 +1112,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             else:
                 self.listeners.pop(listener)
                 listener.close()
-        self.empty_queues()
         for state in (NEW, IDLE):
             self.limits[state] = min(self.limits[state], grace)
             for connection in self.rooms[state]:

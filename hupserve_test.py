@@ -691,8 +691,8 @@ def do_sysexit(environ, start_response):
 '''
 GATE = "import os, time\nwhile os.path.exists('gate'):\n    time.sleep(0.01)\n"  # an import that takes its time
 FAULTS = """
-import os, signal, time
-fork, leave, waitpid = os.fork, os._exit, os.waitpid
+import os, signal, threading, time
+fork, leave, waitpid, start = os.fork, os._exit, os.waitpid, threading.Thread.start
 def faulty_fork():
     if os.path.exists('nofork'):
         raise BlockingIOError(11, 'no more processes')
@@ -711,8 +711,12 @@ def faulty_waitpid(*arguments):
     if found[0] == 0 and os.path.exists('slow'):
         time.sleep(0.05)
     return found
-os.fork, os._exit, os.waitpid = faulty_fork, faulty_leave, faulty_waitpid
-"""  # a sitecustomize: forks that fail, a TERM in a child's first moment, deaths that take their time to be seen
+def faulty_start(thread):
+    if os.path.exists('nothread'):
+        raise RuntimeError('no more threads')
+    start(thread)
+os.fork, os._exit, os.waitpid, threading.Thread.start = faulty_fork, faulty_leave, faulty_waitpid, faulty_start
+"""  # a sitecustomize: forks and threads that fail, a TERM in a child's first moment, deaths that are seen late
 BROKEN = "raise RuntimeError('this application does not import')\n"
 
 
@@ -1277,6 +1281,22 @@ def test_13_a_fork_that_fails_is_a_pause_and_never_a_crash(serve, folder):
         until(lambda: "generation 2 serves" in server.log() or "rolled back" in server.log())
         server.reload()
     assert server.get().json["hupserve.generation"] >= 2
+
+
+def test_13_nor_is_a_thread_that_cannot_be_started(serve, folder):
+    """Guards: the RuntimeError of Thread.start, injected: who waits is answered when there is one again."""
+    (folder / "sitecustomize.py").write_text(FAULTS)
+    server = serve(workers=1, env={"PYTHONPATH": str(folder)})
+    busy = server.hold("busy")
+    server.release("nothread")
+    workers = server.workers()
+    with server.connect() as client:
+        client.request("GET", "/")
+        server.wait_log("no more threads")
+        (server.folder / "nothread").unlink()
+        assert client.answer().status == 200
+    server.release("busy")
+    assert busy.answer().status == 200 and server.workers() == workers
 
 
 # ==== the reload =====================================================================================================
