@@ -565,8 +565,7 @@ REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
 ABSOLUTE = re.compile(rf"https?://(?=[^:/?])({AUTHORITY})(?![^/?])/?(.*)", re.IGNORECASE)     # host, path
 FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")
 DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")         # in a head: NUL, bare LF, bare CR
-EMPTY = re.compile(rb"\r")                                   # a line as it is cut off at its LF, as the next two
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?\r")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?\r")       # cut off at its LF, as the next
 TRAILER = re.compile(rf"(?:{FIELD.pattern})?\r".encode())
 STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
 LENGTH = re.compile("[0-9]{1,18}")
@@ -764,7 +763,7 @@ class Body(io.RawIOBase):
 
     def begin_chunk(self):
         if self.size:       # an empty line ends the one before
-            self.take_line(EMPTY, 1)
+            self.take_line(TRAILER, 1)
         self.left = int(self.take_line(CHUNK_LINE)[1], 16)
         self.size += self.left
         refuse_if(0 < self.max_body < self.size, 413, f"more than {self.max_body} bytes")
@@ -1030,7 +1029,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.dispatch()
             self.explain()
             self.report()
-        self.still.release()
 
     def wait(self):
         """-> selector events. While there are jobs, it first leaves the interpreter's lock to the thread that was woken
