@@ -736,7 +736,7 @@ class Body(io.RawIOBase):
     refusal: Any = None
 
     def __init__(self, exchange):
-        self.exchange, self.connection, self.max_body = exchange, exchange.request, exchange.server.config.max_body
+        self.exchange, self.connection, self.config = exchange, exchange.request, exchange.server.config
         request = self.connection.request
         self.chunked = request.length is None       # and the last chunk has not come
         self.left = request.length or 0             # bytes of it, or of its chunk, that are not read
@@ -766,7 +766,7 @@ class Body(io.RawIOBase):
             self.take_line(TRAILER, 1)
         self.left = int(self.take_line(CHUNK_LINE)[1], 16)
         self.size += self.left
-        refuse_if(0 < self.max_body < self.size, 413, f"more than {self.max_body} bytes")
+        refuse_if(0 < self.config.max_body < self.size, 413, f"more than {self.config.max_body} bytes")
         if not self.left:   # the last: trailers, which must be well-formed and are discarded, and an empty line
             for _ in range(MAX_FIELDS + 1):
                 if self.take_line(TRAILER)[0] == b"\r":
@@ -790,7 +790,8 @@ class Body(io.RawIOBase):
             if self.invites and not self.exchange.head_sent:
                 self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.invites = False
-            self.exchange.wait(select.POLLIN)
+            here = comes_in_time(self.connection.sock, select.POLLIN, self.config.io_timeout)
+            refuse_if(not here, 408, "the body took too long to arrive")
         refuse_if(not came, 400, "the body was cut short")
 
     def skip(self):
@@ -928,18 +929,14 @@ class Exchange(socketserver.BaseRequestHandler):
         if self.left is not None:
             self.left -= len(data)
 
-    def wait(self, event):
-        """Until the socket can be read (POLLIN) or written (POLLOUT). Raises Refusal: it took too long."""
-        seconds = self.server.config.io_timeout
-        refuse_if(not comes_in_time(self.request.sock, event, seconds), 408, f"no progress for {seconds:g} s")
-
     def send(self, data):
         """All of the bytes. Raises Refusal where the client is gone, or takes nothing for io_timeout seconds."""
         while data:
             try:
                 data = memoryview(data)[self.request.sock.send(data):]
             except WOULD_BLOCK:
-                self.wait(select.POLLOUT)
+                taken = comes_in_time(self.request.sock, select.POLLOUT, self.server.config.io_timeout)
+                refuse_if(not taken, 408, "the client takes nothing")
             except OSError as error:
                 raise Refusal(408, f"client gone: {reason_of(error)}") from None
 
