@@ -55,6 +55,7 @@ import logging.handlers
 import mmap
 import operator
 import os
+import pkgutil
 import re
 import select
 import selectors
@@ -124,11 +125,8 @@ class ConfigError(Exception):
     """The operator's mistake, in one line: file, section, key and reason."""
 
 
-def reason_of(error):
-    return getattr(error, "strerror", None) or one_line(error)
-
-
-def one_line(text):
+def reason_of(error, short=True):
+    text = (getattr(error, "strerror", None) or error) if short else f"{type(error).__name__}: {error}"
     return " ".join(str(text).split())
 
 
@@ -175,10 +173,8 @@ def number(text, low, high):
     return kind(text)
 
 
-def level(text, *levels):
-    if text.lower() not in levels:
-        raise ValueError(f"none of {', '.join(levels)}{did_you_mean(text, levels)}")
-    return text.upper()
+def level(text):
+    return logging.Handler(text.upper()).level      # ValueError: there is no such level
 
 
 def log_path(text):
@@ -211,104 +207,88 @@ KEYS = {    # of [server:main]: the default, what reads the text (its ValueError
     "pidfile": ("", path_in_folder),
     "access_log": ("off", log_path),
     "log_file": ("-", log_path),
-    "log_level": ("info", level, "debug", "info", "warning", "error", "critical"),
+    "log_level": ("info", level),
 }
+# One reading of a file: every key of KEYS; an SSLContext or None; the application's parts (see Ini.parts); the Ini.
+Config = collections.namedtuple("Config", [*KEYS, "tls", "parts", "ini"])
 
 
-class Config(collections.namedtuple("Config", [*KEYS, "tls", "warnings", "parts", "ini"])):
-    """One reading of a file: every key of KEYS; an SSLContext or None; lines for the log; the application's parts (see
-    Ini.parts); the Ini."""
-
-
-def read_config(target):
-    """'file.ini', or 'file.ini#name' for [app:name] -> Config, all of it valid. Raises ConfigError."""
+def read_config(path):
+    """-> Config, all of it valid. Raises ConfigError."""
     try:
-        ini = Ini(target)
-        return Config(**ini.server(), parts=ini.parts(), ini=ini)
+        return Ini(path).config()
     except (OSError, ValueError, configparser.Error) as error:      # the latter's often names the place
         place = f"[{error.section}] {error.option}: " if hasattr(error, "option") else ""
-        raise ConfigError(f"{target}: {place}{reason_of(error)}") from None
+        raise ConfigError(f"{path}: {place}{reason_of(error)}") from None
 
 
-class Ini:
+class Ini(configparser.ConfigParser):
     """The file, parsed once, and what it says. All of it raises OSError, ValueError or configparser.Error."""
+    optionxform = str       # type: ignore[assignment]  # keys are case-sensitive
 
-    def __init__(self, target):
-        self.target = target
-        self.path, _, name = target.partition("#")
-        self.name = name or "main"              # of the application
-        full = os.path.abspath(self.path).replace("%", "%%")
-        self.parser = configparser.ConfigParser({"here": os.path.dirname(full), "__file__": full})
-        self.bare = configparser.RawConfigParser(default_section="")     # sections inherit nothing in this one
-        with open(self.path, encoding="utf-8-sig") as file:
-            text = file.read()
-        for parser in (self.parser, self.bare):
-            parser.optionxform = str        # type: ignore[method-assign, assignment]
-            parser.read_string(text, self.path)
-        self.global_conf = dict(self.parser["DEFAULT"])
+    def __init__(self, path):
+        super().__init__(default_section="")        # as yet, sections inherit nothing
+        full = os.path.abspath(path).replace("%", "%%")
+        self["DEFAULT"] = {"here": os.path.dirname(full), "__file__": full}
+        with open(path, encoding="utf-8-sig") as file:
+            self.read_file(file)
+        self.path, self.keys_of = path, {section: [*self[section]] for section in self}
+        self.defaults().update(self.items("DEFAULT", raw=True))     # now they do
 
     def own(self, section):
         """-> the section's own keys, as a dict: those of [DEFAULT] are global_conf, not settings."""
-        if section not in self.bare:
-            raise ValueError(f"[{section}] missing section{did_you_mean(section, self.bare)}")
-        return {key: self.parser.get(section, key) for key in self.bare[section]}
+        if section not in self:
+            raise ValueError(f"[{section}] missing section{did_you_mean(section, self)}")
+        return {key: self.get(section, key) for key in self.keys_of[section]}
 
-    def server(self):
-        """[server:main] -> Config's fields from it: with use = it may have another server's keys, too."""
-        there = difflib.get_close_matches("server:main", self.bare, 1, 0.8)     # it can be left out, but not misspelt
-        texts = self.own("server:main") if there else {}
-        use = texts.pop("use", "")
-        unknown = [key for key in texts if key not in KEYS]
-        if unknown and not use:
-            raise ValueError(f"[server:main] {unknown[0]}: unknown key{did_you_mean(unknown[0], KEYS)}")
-        values: dict = {
-            "warnings": [f"{self.path}: [server:main] {key}: unknown key, left to {use}" for key in unknown]}
+    def config(self):
+        """[server:main], which can be left out, but not misspelt, and the rest -> Config."""
+        texts = self.own("server:main") if difflib.get_close_matches("server:main", self, 1, 0.8) else {}
+        use, values = texts.pop("use", ""), {}
+        for key in sorted(texts.keys() - KEYS):
+            if not use:
+                raise ValueError(f"[server:main] {key}: unknown key{did_you_mean(key, KEYS)}")
+            log.warning("%s: [server:main] %s: unknown key, left to %s", self.path, key, use)
         try:
             for key, (default, read, *limits) in KEYS.items():
                 text = texts.get(key, default)
                 values[key] = read(text, *limits)
             key, text = "certfile", f"{values['certfile']} {values['keyfile']}".strip()     # errors name neither
-            values["tls"] = tls_context(values["certfile"], values["keyfile"])
+            values["tls"] = tls_context(values["certfile"], values["keyfile"]) if text else None
         except (ValueError, OSError) as error:
             raise ValueError(f"[server:main] {key}: {text!r}: {reason_of(error)}") from None
-        return values
+        return Config(**values, parts=self.parts(), ini=self)
 
     def parts(self):
-        """[app:NAME] or [pipeline:NAME] -> a list of (section, kind, module:attribute, settings), the outermost filter
-        first; kind: wsgi, paste.app_factory or paste.filter_factory. None: only PasteDeploy knows what it means."""
-        pipeline = f"pipeline:{self.name}"
-        settings = self.own(pipeline) if pipeline in self.bare else {"pipeline": self.name}
+        """-> what [app:main] or [pipeline:main] is made of, the outermost filter first: [(place, for messages;
+        module:attribute; the arguments and the settings to call it with)]. A WSGI callable has none."""
+        settings = self.own("pipeline:main") if "pipeline:main" in self else {"pipeline": "main"}
         names = settings.pop("pipeline", "").split()
         if not names:
-            raise ValueError(f"[{pipeline}] pipeline: names no application")
-        if settings or ":" in "".join(names):
-            return None
+            raise ValueError("[pipeline:main] pipeline: names no application")
         parts = [self.part("filter", name) for name in names[:-1]] + [self.part("app", names[-1])]
-        return None if None in parts else parts
+        uri = f"config:{urllib.parse.quote(os.path.abspath(self.path))}"
+        return [("read by PasteDeploy", "paste.deploy:loadapp", [uri], {})] if settings or None in parts else parts
 
     def part(self, prefix, name):
-        """-> one of parts(), or None, as there."""
-        section, kind = f"{prefix}:{name}", f"paste.{prefix}_factory"
-        others = {f"{word}:{name}" for word in ("composite", "filter-app", "pipeline")}
-        if prefix == "app" and section not in self.bare and others & self.bare.keys():
+        """-> one of parts(). None: only PasteDeploy knows what it means."""
+        section, others = f"{prefix}:{name}", ("composite", "filter-app", "pipeline")
+        if section not in self and (":" in name or any(f"{other}:{name}" in self for other in others)):
             return None
-        settings = self.own(section)
-        if any(re.match("use$|filter-with$|[sg]et |paste[.]", key) and key != kind for key in settings):
-            return None
+        settings, kind = self.own(section), f"paste.{prefix}_factory"
         if prefix == "app" and kind not in settings:
             kind = "wsgi"
+        if any(re.match("use$|filter-with$|[sg]et |paste[.]", key) and key != kind for key in settings):
+            return None
         target = settings.pop(kind, "")
-        if not re.fullmatch(r"[\w.]+:[\w.]+", target):
-            raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute{did_you_mean(kind, settings)}")
-        if kind == "wsgi" and settings:
-            raise ValueError(f"[{section}] {min(settings)}: a setting: wsgi takes none, paste.app_factory does")
-        return section, kind, target, settings
+        if not re.fullmatch(r"[\w.]+:[\w.]+", target) or kind == "wsgi" and settings:
+            raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute, or has settings, which only a "
+                             f"paste.{prefix}_factory takes{did_you_mean(kind, settings)}")
+        return f"[{section}] {kind}: {target}", target, [] if kind == "wsgi" else [dict(self["DEFAULT"])], settings
 
 
 def tls_context(certfile, keyfile):
-    """-> ssl.SSLContext or None. The master makes it: it may read a key that its workers cannot."""
-    if not certfile and not keyfile:
-        return None
+    """-> ssl.SSLContext. The master makes it: it may read a key that its workers cannot."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION          # send() would have to read
@@ -321,41 +301,20 @@ def load_application(config):
     """In a worker -> the WSGI callable. Raises ConfigError for the operator's mistakes, and the application's own."""
     importlib.invalidate_caches()       # a module may be younger than the import system's idea of its folder
     sys.path.insert(0, os.getcwd())
-    if config.parts is None:
-        return load_with_paste(config.ini)
     application: Any = None
-    for section, kind, target, settings in reversed(config.parts):
-        place = f"{config.ini.path}: [{section}] {kind}: {target}"
-        module, _, attribute = target.partition(":")
-        try:
-            __import__(module)
-            found = operator.attrgetter(attribute)(sys.modules[module])
-            if kind != "wsgi":
-                found = found(config.ini.global_conf, **settings)
-        except (ImportError, AttributeError, TypeError) as error:
-            if error.__traceback__.tb_next:     # raised inside the application, and not by these lines
-                raise
-            close = did_you_mean(attribute, dir(sys.modules[module])) if isinstance(error, AttributeError) else ""
-            raise ConfigError(f"{place}: {reason_of(error)}{close}") from None
-        application = found(application) if kind == "paste.filter_factory" else found
-        if not callable(application):
-            raise ConfigError(f"{place} gives {application!r}, which is not callable")
-    return application
-
-
-def load_with_paste(ini):
-    """What hupserve does not read itself: use = egg:..., config:, composites, filter-with, set."""
     try:
-        from paste.deploy import loadapp
-    except ImportError:
-        raise ConfigError(f"{ini.path}: {ini.name} is for PasteDeploy to read, which is not installed") from None
-    try:
-        return loadapp(f"config:{urllib.parse.quote(os.path.abspath(ini.path))}", ini.name)
-    except (LookupError, ImportError, AttributeError, OSError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals["__name__"].split(".")[0] not in ("paste", "importlib"):     # the application's
-            raise
-        raise ConfigError(f"{ini.path}: [{ini.name}] {type(error).__name__}: {one_line(error)}") from None
+        for place, target, arguments, settings in reversed(config.parts):
+            found = pkgutil.resolve_name(target)
+            found = found(*arguments, **settings) if arguments else found
+            application = found if application is None else found(application)
+            if not callable(application):
+                raise TypeError(f"{application!r} is not callable")
+        return application
+    except (LookupError, ImportError, AttributeError, TypeError, OSError) as error:
+        names = " ".join(frame.f_globals.get("__name__", "?") for frame, _ in traceback.walk_tb(error.__traceback__))
+        if not re.search(rf"(^| )({__name__}|pkgutil|paste[.]\S+)( importlib\S*)*$", names):
+            raise       # the application's, and not one of its loaders'
+        raise ConfigError(f"{config.ini.path}: {place}: {reason_of(error, short=False)}") from None
 
 
 class LogFile(logging.handlers.WatchedFileHandler):
@@ -383,10 +342,6 @@ def use_logs(config):
                 old.close()
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(threshold)
-
-
-# What a client sent must not forge a line of a log, or steer a terminal.
-ESCAPES = {code: f"\\x{code:02x}" for code in range(256) if not 32 <= code < 127 or code in b'"\\'}
 
 
 # ---- Listeners: bind, adopt, let go ----------------------------------------------------------------
@@ -663,7 +618,7 @@ def parse_head(head):
     path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")     # OPTIONS *
     environ = {**fields, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
                "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if minor != "0" else "HTTP/1.0"}
-    return Request(line.decode().translate(ESCAPES), environ, *framing, minor != "0")
+    return Request(escaped(line.decode()), environ, *framing, minor != "0")
 
 
 class Connection:
@@ -685,9 +640,7 @@ class Connection:
     @property
     def line(self):
         """The request's first line, or what has come of it, as fit for a log."""
-        if self.request:
-            return self.request.line
-        return self.buffer[:80].partition(b"\r\n")[0].decode("latin-1").translate(ESCAPES)
+        return self.request.line if self.request else escaped(self.buffer[:80].split(b"\r\n")[0].decode("latin-1"))
 
     def receive(self, size=PIECE):
         """One read into the buffer -> True: something came; None: not yet; False: nothing will (its end, an error)."""
@@ -971,9 +924,14 @@ class Exchange(socketserver.BaseRequestHandler):
 def log_access(connection, status, sent):
     """A line in the combined format, plus the seconds since its last move(): of an answered one, since dispatch()."""
     environ = connection.request.environ if connection.request else {}
-    referer, agent = [environ.get(f"HTTP_{name}", "-").translate(ESCAPES) for name in ("REFERER", "USER_AGENT")]
+    referer, agent = [escaped(environ.get(f"HTTP_{name}", "-")) for name in ("REFERER", "USER_AGENT")]
     access_log.info('%s - - [%s] "%s" %s %d "%s" "%s" %.6f', connection.client, time.strftime("%d/%b/%Y:%H:%M:%S %z"),
                     connection.line, status, sent, referer, agent, time.monotonic() - connection.since)
+
+
+def escaped(text):
+    """What a client sent must not forge a line of a log, or steer a terminal."""
+    return ascii(text)[1:-1].replace('"', '\\"')
 
 
 # ---- The worker: its loop first, then orders, accept, read, dispatch, take back, close --------------
@@ -1387,7 +1345,7 @@ def run_worker(generation, number, slot, line):
         return 2
     except BaseException as error:      # an import may well call sys.exit()
         log.exception("the application does not load")
-        line.say("failed", 1, f"the application does not load: {type(error).__name__}: {one_line(error)[:500]}")
+        line.say("failed", 1, f"the application does not load: {reason_of(error, short=False)[:500]}")
         return 1
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
     worker.life = READY
@@ -1401,12 +1359,12 @@ def run_worker(generation, number, slot, line):
 def prepare(config):
     """Logging, then the application -> the WSGI callable. Raises ConfigError, or what the application raises."""
     use_logs(config)
-    if "loggers" in config.ini.bare:
+    if "loggers" in config.ini:
         ours = log.handlers[:], access_log.handlers[:]
         try:
-            logging.config.fileConfig(config.ini.parser, disable_existing_loggers=False)
+            logging.config.fileConfig(config.ini, disable_existing_loggers=False)
         except Exception as error:
-            raise ConfigError(f"{config.ini.path}: [loggers] {type(error).__name__}: {one_line(error)}") from None
+            raise ConfigError(f"{config.ini.path}: [loggers] {reason_of(error, short=False)}") from None
         for logger, handlers in zip((log, access_log), ours):
             logger.handlers = logger.handlers or handlers
     return load_application(config)
@@ -1554,7 +1512,7 @@ class Master:
             self.hup = False
             self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
-                config = read_config(self.current.config.ini.target)
+                config = read_config(self.current.config.ini.path)
             except ConfigError as error:
                 return self.conclude(logging.ERROR, f"reload refused: {error}")
             self.upcoming, self.alarm = Generation(next(self.numbers), config, self.adopted), 0.0
@@ -1577,8 +1535,6 @@ class Master:
                 self.due(self.now + 0.05)       # an old worker may be about to let go of it: once more
                 return
             return self.roll_back(f"{new.config.ini.path}: [server:main] listen: {text}: {reason_of(error)}")
-        for warning in new.config.warnings:
-            log.warning("%s", warning)
         new.deadline = self.now + new.config.boot_timeout
         new.children = [Child(new, number) for number in range(new.config.workers)]
 
@@ -1586,7 +1542,7 @@ class Master:
         """Every new worker is ready, and none has accepted anything. What can fail comes first."""
         if not new.config.listen:       # --check
             self.status = 0
-            return self.roll_back(f"{new.config.ini.target}: good", 0)
+            return self.roll_back(f"{new.config.ini.path}: good", 0)
         key, text = "pidfile", new.config.pidfile
         try:
             claim_pidfile(text)
@@ -1656,7 +1612,7 @@ class Master:
                 scheme = "https" if self.current.config.tls else "http"
                 text = f"{scheme}://{text.rpartition(':')[0]}:{listener.getsockname()[1]}"
             places.append(text)
-        tell(f"serving {self.current.config.ini.target} on {' '.join(places)} with {workers}; "
+        tell(f"serving {self.current.config.ini.path} on {' '.join(places)} with {workers}; "
              f"to reload it: kill -HUP {os.getpid()}", 0)
 
     # Spawn
@@ -1855,7 +1811,7 @@ def serve(config):
 def main(argv=None):
     """The command line -> exit status."""
     parser = argparse.ArgumentParser(prog="hupserve", description="A WSGI server whose SIGHUP reload loses nothing.")
-    parser.add_argument("config", metavar="CONFIG", help="an ini file, or file#name for [app:name]")
+    parser.add_argument("config", metavar="CONFIG", help="an ini file")
     parser.add_argument("--check", action="store_true", help="validate it, application included, and exit")
     parser.add_argument("--version", action="version", version=f"hupserve {__version__}")
     arguments = parser.parse_args(argv)

@@ -1607,7 +1607,7 @@ def test_a_mistake_in_the_command_line(folder):
     (folder / "good.ini").write_text(GOOD)
     (folder / "app.py").write_text(APPLICATION)
     for arguments in ([], ["one.ini", "two.ini"], ["--colour"], [folder / "none.ini"], [folder],
-                      ["--check", folder / "none.ini"], [f"{folder / 'good.ini'}#nosuch"]):
+                      ["--check", folder / "none.ini"]):
         stop = run(*arguments, cwd=folder)
         assert stop.returncode == 2 and "Traceback" not in stop.stderr and stop.stderr, stop
         assert len(stop.stderr.splitlines()) == 1 or stop.stderr.startswith("usage:"), stop
@@ -1615,8 +1615,6 @@ def test_a_mistake_in_the_command_line(folder):
     assert (stop.returncode, stop.stderr) == (0, "") and stop.stdout.startswith("hupserve ")
     stop = run("--check", folder / "good.ini", cwd=folder)
     assert stop.returncode == 0 and "Traceback" not in stop.stderr
-    stop = run("--check", f"{folder / 'good.ini'}#main", cwd=folder)
-    assert stop.returncode == 0
 
 
 def test_an_applications_mistake_is_told_with_its_traceback(folder):
