@@ -136,33 +136,31 @@ def did_you_mean(word, words):
 
 def addresses(text):
     """'*:80 unix:/x' -> {each as configured, which is what tells two apart: what its sockets bind (binds_of)}."""
-    found = [(word, binds_of(word)) for word in text.split() or [""]]
-    for (one, binds), (other, others) in itertools.combinations(found, 2):
-        if overlap(binds, others):
+    found = {word: binds_of(word) for word in text.split() or [""]}
+    for one, other in itertools.combinations(found, 2):
+        if overlap(found[one], found[other]):
             raise ValueError(f"{other} overlaps {one}")
-    return dict(found)
+    return found
 
 
 def binds_of(word):
-    """-> ((family, host or path, port), ...). Hosts are numeric: the master never waits for a name server."""
+    """-> ((family, socket address), ...). Hosts are numeric: the master never waits for a name server."""
     if word.startswith("unix:") and 5 < len(os.fsencode(word)) < 113 and "\0" not in word:
-        return ((socket.AF_UNIX, word[5:], -1),)
+        return ((socket.AF_UNIX, word[5:]),)
     host, _, port = word.rpartition(":")
     with contextlib.suppress(ValueError):
         port = number(port, 0, 65535)
         if host == "*" and socket.has_dualstack_ipv6():         # without IPv6 it is IPv4 alone
-            return (socket.AF_INET, "0.0.0.0", port), (socket.AF_INET6, "::", port)
-        if host.startswith("[") and host.endswith("]"):
-            return ((socket.AF_INET6, str(ipaddress.IPv6Address(host[1:-1])), port),)
-        host = {"*": "0.0.0.0", "localhost": "127.0.0.1"}.get(host, host)
-        return ((socket.AF_INET, str(ipaddress.IPv4Address(host)), port),)
+            return (socket.AF_INET, ("0.0.0.0", port)), (socket.AF_INET6, ("::", port, 0, 0))
+        ip = ipaddress.ip_address({"*": "0.0.0.0", "localhost": "127.0.0.1"}.get(host, host.strip("[]")))
+        return ((socket.AF_INET, (str(ip), port)) if ip.version == 4 else (socket.AF_INET6, (str(ip), port, 0, 0)),)
     raise ValueError(f"{word} is no numeric host:port, localhost:port, [::1]:port, *:port or unix:/path (107 bytes)")
 
 
 def overlap(binds, others):
     """Could the two not listen at the same time? (IPv6 listeners are IPv6 only.)"""
-    return any(family == family2 and port == port2 and (host == host2 or {host, host2} & {"0.0.0.0", "::"})
-               for family, host, port in binds for family2, host2, port2 in others)
+    return any(family == family2 and (one == two or {one[0], two[0]} & {"0.0.0.0", "::"} and one[1] == two[1])
+               for family, one in binds for family2, two in others)
 
 
 def number(text, low, high):
@@ -347,43 +345,39 @@ def use_logs(config):
 # ---- Listeners: bind, adopt, let go ----------------------------------------------------------------
 
 class Listener(socket.socket):
-    file: Optional[tuple] = None    # of a unix socket that is ours: the path, and the identity of its file
+    file: Any = None        # of a unix socket that is ours: what os.stat() said, to know its file by
 
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
-        self.setblocking(False)
-        if self.family != socket.AF_UNIX:
-            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit it
-
-    def has_file(self):
-        """Is it still that very file? OSError: there is none."""
-        return os.path.samestat(os.stat(self.file[0]), self.file[1])
+    def turn_away(self):
+        """Before its close, which resets whoever is queued: nobody is to come between the last accept() and that. With
+        a filter that drops everything a client's SYN is ignored, and it asks again after the close. The queue stays."""
+        if sys.platform == "linux" and self.family != socket.AF_UNIX:
+            drop_all, so_attach_filter = array.array("H", (6, 0, 0, 0)), 26         # BPF: return 0
+            with contextlib.suppress(OSError):
+                self.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("@HP", 1, drop_all.buffer_info()[0]))
 
 
 def open_listeners(binds, adopted, listeners):
-    """Append the Listeners of an address, bound or adopted. They do not listen before the commit, so that nobody is
+    """Append the Listeners of an address, adopted or bound. They do not listen before the commit, so that nobody is
     queued on them and a roll-back resets nobody. OSError: what was opened so far is in the list."""
-    for family, host, port in binds:
-        if (family, host, port) in adopted:
-            listeners.append(adopted[family, host, port].dup())
-        else:
-            listeners.append(Listener(family))
-            bind(listeners[-1], host, port or listeners[0].getsockname()[1])    # *:0 is one port for both
-
-
-def bind(listener, host, port):
-    if listener.family == socket.AF_UNIX:
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)        # the queue of a living server may be full
-            if probe.connect_ex(host) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(host).st_mode):
-                os.unlink(host)             # a dead server's; on any other file, bind() fails
-        listener.bind(host)
-        listener.file = host, os.stat(host)
-    else:
+    for family, address in binds:
+        given = adopted.get((family, address))
+        listener = given.dup() if given else Listener(family)
+        listeners.append(listener)
+        listener.setblocking(False)
+        if family != socket.AF_UNIX:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit it
+        if given:
+            continue
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if listener.family == socket.AF_INET6:
+        if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((host, port))
+        elif family == socket.AF_UNIX:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.setblocking(False)        # the queue of a living server may be full
+                if probe.connect_ex(address) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(address).st_mode):
+                    os.unlink(address)          # a dead server's; on any other file, bind() fails
+        listener.bind(address)
+        listener.file = os.stat(address) if family == socket.AF_UNIX else None
 
 
 def close_listeners(listeners):
@@ -391,34 +385,23 @@ def close_listeners(listeners):
     the workers, too; after close() their copies stay, and the clients that are queued."""
     for listener in listeners:
         with contextlib.suppress(OSError):
-            if listener.file and listener.has_file():
-                os.unlink(listener.file[0])
+            if listener.file and os.path.samestat(listener.file, os.stat(listener.getsockname())):
+                os.unlink(listener.getsockname())
         listener.close()
 
 
 def adopt():
-    """systemd's sockets (sd_listen_fds(3)) -> {(family, host or path, port): Listener}."""
+    """systemd's sockets (sd_listen_fds(3)) -> {(family, socket address): Listener}."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     adopted = {}
-    for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) and count.isdigit() else ():
+    for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) else ():
         listener = Listener(fileno=fd)
         listener.set_inheritable(False)
-        name = listener.getsockname()
-        host, port = name[:2] if isinstance(name, tuple) else (name, -1)
-        adopted[listener.family, host, port] = listener
-        if host == "::" and not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-            adopted[socket.AF_INET, "0.0.0.0", port] = listener         # it is of both families
+        address = listener.getsockname()
+        adopted[listener.family, address] = listener
+        if address[:1] == ("::",) and not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            adopted[socket.AF_INET, ("0.0.0.0", address[1])] = listener         # it is of both families
     return adopted
-
-
-def turn_away(listener):
-    """Let a listener that is about to be closed take no new client; its queue stays. Between the accept() that finds
-    the queue empty and the close(), which resets whoever is queued, one more could come. With a filter that drops
-    everything its SYN is ignored: it asks again, after the close."""
-    if sys.platform == "linux" and listener.family != socket.AF_UNIX:
-        drop_all, so_attach_filter = array.array("H", (6, 0, 0, 0)), 26         # BPF: return 0
-        with contextlib.suppress(OSError):
-            listener.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("@HP", 1, drop_all.buffer_info()[0]))
 
 
 # ---- The bell: what wakes a main loop, and how the two loops talk ----------------------------------
@@ -1061,7 +1044,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.stop_accepting()
         for listener, (text, _) in list(self.listeners.items()):
             if listened and text in dropped:
-                turn_away(listener)
+                listener.turn_away()
             else:
                 self.listeners.pop(listener)
                 listener.close()
@@ -1549,8 +1532,6 @@ class Master:
             key = "listen"
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
-                    if listener.file and text not in old.listeners and not listener.has_file():
-                        raise OSError(errno.EADDRINUSE, "another master has taken its place")
                     listener.listen(new.config.backlog)
             key = "log_file, access_log"
             use_logs(new.config)
