@@ -53,7 +53,6 @@ import json
 import logging.config
 import logging.handlers
 import mmap
-import operator
 import os
 import pkgutil
 import re
@@ -152,7 +151,8 @@ def binds_of(word):
         port = number(port, 0, 65535)
         if host == "*" and socket.has_dualstack_ipv6():         # without IPv6 it is IPv4 alone
             return (socket.AF_INET, ("0.0.0.0", port)), (socket.AF_INET6, ("::", port, 0, 0))
-        ip = ipaddress.ip_address({"*": "0.0.0.0", "localhost": "127.0.0.1"}.get(host, host.strip("[]")))
+        host = {"*": "0.0.0.0", "localhost": "127.0.0.1"}.get(host, host)
+        ip = ipaddress.IPv6Address(host[1:-1]) if host[:1] + host[-1:] == "[]" else ipaddress.IPv4Address(host)
         return ((socket.AF_INET, (str(ip), port)) if ip.version == 4 else (socket.AF_INET6, (str(ip), port, 0, 0)),)
     raise ValueError(f"{word} is no numeric host:port, localhost:port, [::1]:port, *:port or unix:/path (107 bytes)")
 
@@ -279,9 +279,10 @@ class Ini(configparser.ConfigParser):
         if any(re.match("use$|filter-with$|[sg]et |paste[.]", key) and key != kind for key in settings):
             return None
         target = settings.pop(kind, "")
-        if not re.fullmatch(r"[\w.]+:[\w.]+", target) or kind == "wsgi" and settings:
-            raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute, or has settings, which only a "
-                             f"paste.{prefix}_factory takes{did_you_mean(kind, settings)}")
+        if not re.fullmatch(r"[\w.]+:[\w.]+", target):
+            raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute{did_you_mean(kind, settings)}")
+        if kind == "wsgi" and settings:
+            raise ValueError(f"[{section}] {min(settings)}: a setting: wsgi takes none, paste.app_factory does")
         return f"[{section}] {kind}: {target}", target, [] if kind == "wsgi" else [dict(self["DEFAULT"])], settings
 
 
@@ -394,7 +395,7 @@ def adopt():
     """systemd's sockets (sd_listen_fds(3)) -> {(family, socket address): Listener}."""
     pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
     adopted = {}
-    for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) else ():
+    for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) and count.isdigit() else ():
         listener = Listener(fileno=fd)
         listener.set_inheritable(False)
         address = listener.getsockname()
@@ -482,7 +483,7 @@ class Scoreboard:
                 found.append(json.loads(text))
                 for wait in found[-1]["waits_for"]:
                     wait["age"] = round(time.monotonic() - wait.pop("since"), 1)
-        return sorted(found, key=operator.itemgetter("generation", "worker"))
+        return sorted(found, key=lambda facts: (facts["generation"], facts["worker"]))
 
 
 scoreboard: Any = Scoreboard()      # the master's, which its workers inherit
@@ -491,19 +492,19 @@ scoreboard: Any = Scoreboard()      # the master's, which its workers inherit
 # ---- The exchange: one request, one response (RFC 9110 and 9112, PEP 3333) -------------------------
 
 MAX_LINE = 8192             # bytes of a request line (414), of a chunk's size with its extensions, of a trailer (400)
-MAX_HEAD = 65536            # bytes of a head (431)
+MAX_HEAD = 65536            # bytes of a head (431), of all chunk extensions (400)
 MAX_FIELDS = 100            # of a head, and of trailers (431)
 SMALL_BODY = 65536          # bytes: an announced body up to this is read before a thread is taken
 SKIPPABLE = 262144          # bytes of an unread body that are skipped, if they have arrived, to keep the connection
 PIECE = 65536               # bytes read at once
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-AUTHORITY = r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?"
+AUTHORITY = r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?"
 REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-ABSOLUTE = re.compile(rf"https?://(?=[^:/?])({AUTHORITY})(?![^/?])/?(.*)", re.IGNORECASE)     # host, path
+ABSOLUTE = re.compile(r"https?://([^:/?][^/?]*)/?(.*)", re.IGNORECASE)     # host, path
 FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")
 DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")         # in a head: NUL, bare LF, bare CR
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t -~\x80-\xff]*)?\r")       # cut off at its LF, as the next
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t -~\x80-\xff]*)?\r")     # cut off at its LF, as the next
 TRAILER = re.compile(rf"(?:{FIELD.pattern})?\r".encode())
 STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
 LENGTH = re.compile("[0-9]{1,18}")
@@ -540,6 +541,14 @@ class Request(NamedTuple):
     http11: bool            # it understands chunked
 
 
+def is_authority(text):
+    """A host, perhaps with a port (RFC 3986 section 3.2)?"""
+    match = re.fullmatch(AUTHORITY, text)
+    with contextlib.suppress(ValueError):
+        return bool(match and ipaddress.IPv6Address(match[1] or "::"))
+    return False
+
+
 def collect(block):
     """Field lines -> their part of an environ (RFC 9112 section 5). Raises Refusal."""
     lines, environ = block.decode("latin-1").split("\r\n")[:-1], {}
@@ -565,7 +574,7 @@ def parse_fields(block, http11):
     codings = [coding.strip(" \t") for coding in environ.get("HTTP_TRANSFER_ENCODING", "none").lower().split(",")]
     expect = environ.get("HTTP_EXPECT", "").lower() if http11 else ""
     refuse_if(http11 and "HTTP_HOST" not in environ, 400, "no Host")
-    refuse_if(not re.fullmatch(AUTHORITY, environ.get("HTTP_HOST", "")), 400, "invalid Host")
+    refuse_if(not is_authority(environ.get("HTTP_HOST", "")), 400, "invalid Host")
     refuse_if(not LENGTH.fullmatch(length), 400, "invalid Content-Length")
     refuse_if(chunked and "CONTENT_LENGTH" in environ, 400, "both Content-Length and Transfer-Encoding")
     refuse_if(chunked and not http11, 400, "Transfer-Encoding in HTTP/1.0")
@@ -592,8 +601,8 @@ def parse_head(head):
     method, target, major, minor = parse_line(line)
     refuse_if(major != "1", 400 if major == "0" else 505, f"HTTP/{major}.{minor} is not spoken here")
     refuse_if(method == "CONNECT", 501, "this is no proxy")
-    absolute = None if target[0] == "/" else ABSOLUTE.fullmatch(target)
-    proper = target[0] == "/" or absolute or (method, target) == ("OPTIONS", "*")
+    absolute = ABSOLUTE.fullmatch(target)
+    proper = is_authority(absolute[1]) if absolute else target[0] == "/" or (method, target) == ("OPTIONS", "*")
     refuse_if("#" in target or not proper, 400, "malformed request target")
     fields, *framing = parse_fields(block, minor != "0")
     host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
@@ -633,7 +642,8 @@ class Connection:
                 data += self.sock.recv(PIECE)
         except WOULD_BLOCK:
             return None
-        except OSError:
+        except OSError as error:
+            log.debug("%s: %s", self.client, reason_of(error))
             return False
         self.buffer += data
         return bool(data)
@@ -646,7 +656,7 @@ class Connection:
             if self.buffer in (b"", b"\r"):         # an empty line is no request
                 return min(self.state, IDLE)
             end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
-            if not 0 <= end <= MAX_HEAD:
+            if not 0 <= end <= MAX_HEAD - 4:
                 self.look()
                 return READING
             self.request = parse_head(self.buffer[:end + 2])
@@ -658,17 +668,17 @@ class Connection:
     def look(self):
         """A head that is not complete: what is wrong with it already? Raises Refusal."""
         line, crlf, _ = self.buffer.partition(b"\r\n")
-        if crlf or len(line) > MAX_LINE:
+        if crlf or len(line) > MAX_LINE + 1:        # its CR may be here already
             parse_line(line)
+        refuse_if(len(self.buffer) >= MAX_HEAD, 431, f"a head of more than {MAX_HEAD} bytes")
         refuse_if(DOUBTFUL.search(self.buffer, max(0, self.scanned - 1)), 400, "NUL, bare CR or bare LF in a head")
-        refuse_if(len(self.buffer) > MAX_HEAD, 431, f"a head of more than {MAX_HEAD} bytes")
         self.scanned = len(self.buffer)
 
 
 class Body(io.RawIOBase):
     """A request body as it comes off the connection (RFC 9112 sections 6 and 7.1): wsgi.input, but for the buffering.
     Every read raises Refusal, once it is malformed, too long, cut short, or nothing came for io_timeout seconds."""
-    size = 0                    # bytes in the chunks so far
+    size = extensions = 0       # bytes in the chunks, and in their extensions, so far
     refusal: Any = None
 
     def __init__(self, exchange):
@@ -700,8 +710,10 @@ class Body(io.RawIOBase):
     def begin_chunk(self):
         if self.size:       # an empty line ends the one before
             self.take_line(TRAILER, 1)
-        self.left = int(self.take_line(CHUNK_LINE)[1], 16)
+        line = self.take_line(CHUNK_LINE)
+        self.left, self.extensions = int(line[1], 16), self.extensions + len(line[2] or b"")
         self.size += self.left
+        refuse_if(self.extensions > MAX_HEAD, 400, f"chunk extensions of more than {MAX_HEAD} bytes")
         refuse_if(0 < self.config.max_body < self.size, 413, f"more than {self.config.max_body} bytes")
         if not self.left:   # the last: trailers, which must be well-formed and are discarded, and an empty line
             for _ in range(MAX_FIELDS + 1):
@@ -1255,7 +1267,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def evict(self, seconds=0):
         """Close, or read if it has spoken, what has been idle longest, for these seconds at least -> was there one?"""
         idle = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
-        oldest = min(idle, key=operator.attrgetter("since"), default=None)
+        oldest = min(idle, key=lambda connection: connection.since, default=None)
         if not oldest or oldest.since > self.now - seconds:
             return False
         oldest.deadline = self.now

@@ -1757,8 +1757,8 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("tabs for spaces", "GET\t/\tHTTP/1.1|Host: a||", 400, CLOSED),
     ("a method that is no token", "G@T / HTTP/1.1|Host: a||", 400, CLOSED),
     ("a method of the client's own", f"BREW-IT / {HOST}|", 200, OPEN, {"REQUEST_METHOD": "BREW-IT"}),
-    ("a request line of 8 KiB", f"GET /{'a' * 8100} {HOST}|", 200, OPEN),
-    ("a longer one", f"GET /{'a' * 8200} {HOST}|", 414, CLOSED),
+    ("a request line of 8 KiB", f"GET /{'a' * (8192 - 14)} {HOST}|", 200, OPEN),
+    ("a longer one", f"GET /{'a' * (8192 - 13)} {HOST}|", 414, CLOSED),
 
     # RFC 9112 3.2: the target
     ("percent signs", f"GET /a%20b%2Fc?%41 {HOST}|", 200, OPEN, {"PATH_INFO": "/a b/c", "QUERY_STRING": "%41"}),
@@ -1790,6 +1790,9 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("a Host with a bad port", "GET / HTTP/1.1|Host: a:b||", 400, CLOSED),
     ("a Host that is an address", "GET / HTTP/1.1|Host: [::1]:80||", 200, OPEN, {"HTTP_HOST": "[::1]:80"}),
     ("half an address", "GET / HTTP/1.1|Host: [::1||", 400, CLOSED),
+    ("no address in brackets", "GET / HTTP/1.1|Host: [1::2::3]||", 400, CLOSED),
+    ("nor in an absolute target", f"GET http://[12345::]/ {HOST}|", 400, CLOSED),
+    ("a port without a host in an absolute target", f"GET http://:80/ {HOST}|", 400, CLOSED),
     ("half an encoding", "GET / HTTP/1.1|Host: a%2||", 400, CLOSED),
 
     # RFC 9112 5: fields
@@ -1810,7 +1813,9 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("100 fields", f"GET / {HOST}{'X: a|' * 99}|", 200, OPEN),
     ("101 fields", f"GET / {HOST}{'X: a|' * 100}|", 431, CLOSED),
     ("a field of 60 KiB", f"GET / {HOST}X: {'a' * 60000}||", 200, OPEN),
-    ("a head over 64 KiB", f"GET / {HOST}X: {'a' * 66000}||", 431, CLOSED),
+    ("a head of 64 KiB", f"GET / HTTP/1.1|Host: a|X: {'a' * (65536 - 32)}||", 200, OPEN),
+    ("a head over 64 KiB", f"GET / HTTP/1.1|Host: a|X: {'a' * (65536 - 31)}||", 431, CLOSED),
+    ("one before a binary body", f"POST / {HOST}Content-Length: 9|X: {'a' * 66000}||\0\r\n\0\n\r\0\n\0", 431, CLOSED),
 
     # RFC 9112 6: the length of a body
     ("a body", f"{POST}Content-Length: 5||hello", 200, OPEN, {"body": "hello", "CONTENT_LENGTH": "5"}),
@@ -1854,6 +1859,7 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("a chunk that ends in LF", f"{CHUNKED}5|hello\n0||", 400, CLOSED),
     ("an LF in an extension", f"{CHUNKED}5;a\nb|hello|0||", 400, CLOSED),
     ("a CR in an extension", f"{CHUNKED}5;a\rb|hello|0||", 400, CLOSED),
+    ("many extensions", f"{CHUNKED}{f'1;{1000 * chr(97)}|x|' * 70}0||", 400, CLOSED),
     ("an endless extension", f"{CHUNKED}5;{'a' * 70000}|hello|0||", {400, 413, 431}, CLOSED),
     ("endless trailers", f"{CHUNKED}0|{'X: a|' * 20000}|", {400, 413, 431}, CLOSED),
     ("a malformed chunk stays one", "POST /retry HTTP/1.1|Host: a|Transfer-Encoding: chunked||zz|5|hello|0||", 200,
