@@ -420,12 +420,11 @@ class Bell:
 
     def __init__(self):
         self.rung: list = []
-        reader, writer = os.pipe()
-        self.reader, self.writer = io.FileIO(reader, "r"), io.FileIO(writer, "w")
-        for end in reader, writer:
-            os.set_blocking(end, False)
+        self.reader, self.writer = map(io.FileIO, os.pipe(), "rw")
+        for end in self.reader, self.writer:
+            os.set_blocking(end.fileno(), False)
         # A worker inherits the master's: until it has its own here, its signals would ring the master's bell.
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         self.fileno = self.reader.fileno
 
     def hang(self, signals):
@@ -1112,10 +1111,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         except WOULD_BLOCK:
             return False        # another worker was faster
         except OSError as error:
-            if error.errno not in EXHAUSTED:
-                return True     # that client is gone again
-            # No descriptor to be had: accept() says so also when nobody is queued.
-            return comes_in_time(listener, select.POLLIN, 0) and self.make_room(error)
+            return error.errno not in EXHAUSTED or self.make_room(listener, error)      # or that client is gone again
         while self.count >= self.config.connections and self.life == SERVING and self.evict():
             pass
         self.accept_at, self.count = 0.0, self.count + 1
@@ -1126,15 +1122,15 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.read(connection)   # often its request is there already, and there is no need to register it
         return True
 
-    def make_room(self, error):
+    def make_room(self, listener, error):
         """Out of descriptors or memory -> is there one now? If not, a pause, not a spin."""
-        if self.evict(PAUSE):
-            return True
-        if not self.accept_at:
-            log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
-        self.accept_at = self.now + PAUSE
-        self.stop_accepting()
-        return False
+        queued = comes_in_time(listener, select.POLLIN, 0)      # accept() fails so also when nobody is
+        if queued and not self.evict(PAUSE):
+            if not self.accept_at:
+                log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
+            self.accept_at = self.now + PAUSE
+            self.stop_accepting()
+        return queued and not self.accept_at
 
     def base(self, listener):
         """-> the part of the environ that is the same for all requests of a listener."""
@@ -1331,6 +1327,8 @@ def run_worker(generation, number, slot, line):
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)    # SIGIO ends it, if the master ends while it loads
+    if comes_in_time(line, select.POLLIN, 0):       # or has ended already
+        return 1
     worker = Worker(generation, number, slot, line, bell)
     worker.report()
     try:
@@ -1374,72 +1372,65 @@ def leave(status):
     os._exit(status)
 
 
-# ---- The master: its loop first, then what comes from below, the reload, spawn, stop -----------------
+# ---- The master: its loop first, then what comes from below, the reload, spawn -----------------------
 
 class Child:
     """One of a generation's places for a worker and, from BOOTING on, the worker in it."""
 
     def __init__(self, generation, number, deaths=0, fork_at=0.0):
         self.generation, self.number, self.life = generation, number, VACANT
-        self.deaths, self.fork_at = deaths, fork_at         # in a row, before it; when it may be forked
-        self.pid, self.slot, self.born = 0, 0, 0.0          # born: forked, then ready, in time.monotonic() s
-        self.line: Any = None
+        self.deaths, self.fork_at = deaths, fork_at                 # in a row, before it; when it may be forked
+        self.pid, self.line, self.slot, self.born = 0, None, 0, 0.0     # born: forked, then ready, in monotonic s
         self.said: dict = {}        # on its line: {"ready": [], "leaving": [], "failed": [exit status, reason]}
 
     def hear(self):
-        for word, *rest in self.line.hear():
-            self.said[word] = rest
+        self.said.update((word, rest) for word, *rest in self.line.hear())
         if self.life == BOOTING and "ready" in self.said:
             self.life, self.born = READY, time.monotonic()
 
-    def vacate(self, now):
-        """Put a successor in its place -> after how many seconds it is to be forked."""
+    def successor(self, now):
+        """-> the one that takes its place, after the back-off."""
         deaths = 0 if self.life >= SERVING and now - self.born > STEADY else self.deaths
-        seconds = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]
-        self.generation.children[self.number] = Child(self.generation, self.number, deaths + 1, now + seconds)
-        return seconds
+        heir = Child(self.generation, self.number, deaths + 1, now + BACK_OFF[min(deaths, len(BACK_OFF) - 1)])
+        self.generation.children[self.number] = heir
+        return heir
 
 
 class Generation:
     """The workers of one reading of the configuration, and what they listen on. As Master.upcoming it is the state of
-    a reload: binding, while it has no children; booting, until all of them are READY; then it is Master.current, by
-    commit(), or gone, by roll_back()."""
+    a reload: binding, while it has no children; booting, until all of them are READY. Then it is Master.current."""
 
-    def __init__(self, number, config, adopted=()):
-        self.number, self.config = number, config
-        self.deadline = time.monotonic() + BIND_PATIENCE    # of its binding, then of its booting
-        self.listeners: dict = {}                           # {address as configured: [Listener]}
+    def __init__(self, number, config, adopted=(), kept=()):
+        self.number, self.config, self.born = number, config, time.monotonic()
+        self.listeners = {text: kept[text] for text in config.listen if text in kept}     # {text: [Listener]}
         self.borrowed = {text for text, binds in config.listen.items() if set(binds) & set(adopted)}    # systemd's
-        self.children: list = []                            # Children, once all of its addresses are bound
+        self.children: list = []        # by number, once all of its addresses are bound
 
 
 class Master:
     """Owns listeners and workers; sits in one poll() all its life."""
-    hup = False                 # a SIGHUP waits to be obeyed
-    stops = 0                   # TERM, QUIT and INT so far
+    hup = stopping = False      # a SIGHUP waits to be obeyed; a stop has been
     fork_at = 0.0               # after a fork that failed: not before this time
-    alarm = 0.0                 # when wait() ends, at the latest
+    terminal: Any = None        # the one that it was started on
 
     def __init__(self, config):
-        self.status = 0 if config.listen else 2     # to exit with; --check (no address): 2 until it has succeeded
-        self.notify_socket = os.environ.pop("NOTIFY_SOCKET", "")
-        # Under nohup, which ignores SIGHUP, the end of the terminal is no reason to stop.
-        self.terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and has_terminal()
+        self.status = 0 if config.listen else 2     # to exit with; --check (no address): 2, unless it succeeds
+        self.notify_socket = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # under nohup its end is no reason to stop
+            with contextlib.suppress(OSError):
+                self.terminal = io.FileIO(os.ctermid())
         self.adopted, self.bell = adopt(), Bell()
         self.bell.hang(MASTER_SIGNALS)
-        self.children: dict = {}        # {pid: Child}, of all generations
-        self.numbers = itertools.count()
+        self.children, self.numbers = {}, itertools.count()     # {pid: Child}, of all generations; their numbers
         # The one that serves, and the one that a reload prepares. The start is a reload, too: from nothing, number 0.
         self.current = Generation(next(self.numbers), config._replace(listen={}, pidfile=""))
         self.upcoming: Any = Generation(next(self.numbers), config, self.adopted)
 
     def run(self):
         """-> exit status. Each step looks at what is and does what is due; only wait() waits."""
-        while self.children or not self.stops:
-            self.wait()
-            for child in self.children.values():
-                child.hear()    # before obey(): a signal to the whole group is to be our order, not their wish
-            self.obey()         # before reap(): the bell is silenced first, so that a death after this rings it anew
+        while self.children or not self.stopping:
+            self.wait()     # it hears the workers before obey(): a signal to all is to be our order, not their wish
+            self.obey()     # before reap(): the bell is silenced first, so that a death after this rings it anew
             self.reap()
             self.advance()
             self.tend()
@@ -1449,27 +1440,34 @@ class Master:
         return self.status
 
     def wait(self):
-        """Until there is a signal or word from a worker, or something is due."""
+        """Until there is a signal or word from a worker; while something may come to be due, for 20 ms at most."""
         poll = select.poll()        # an epoll would be shared with the children: one that unregisters deafens us
         for source in (self.bell, *(child.line for child in self.children.values() if not child.line.ended)):
             poll.register(source, select.POLLIN)
-        poll.poll(max(0, self.alarm - time.monotonic()) * 1000)
+        pending = self.hup or self.upcoming or any(child.life < SERVING for child in self.current.children)
+        poll.poll(20 if pending else None)
         self.now = time.monotonic()
-        self.alarm = self.now + 3600        # poll() takes up to 24 days
-
-    def due(self, when):
-        """Is it time? If not, the loop will come round then."""
-        if when > self.now:
-            self.alarm = min(self.alarm, when)
-        return when <= self.now
+        for child in self.children.values():
+            child.hear()
 
     # What comes from the operator, and from below
     def obey(self):
+        """A stop is a reload to nothing but the pidfile; a second one does not wait."""
         for signum in self.bell.silence():
-            if signum in STOPS or signum == signal.SIGHUP and self.terminal and not self.stops and not has_terminal():
-                self.stop(signum)
+            hung_up = signum == signal.SIGHUP and self.terminal and not self.terminal.isatty()
+            if signum in STOPS and self.stopping:
+                log.warning("stopped by force")
+                self.status = self.status or 1
+                for pid in self.children:
+                    os.kill(pid, signal.SIGKILL)
+            elif (signum in STOPS or hung_up) and not self.stopping:
+                self.stopping, name = True, signal.Signals(signum).name
+                self.notify("STOPPING=1", f"{name}: stopping, when every request that has begun is answered")
+                self.settle(Generation(self.current.number, self.current.config), self.upcoming, self.current)
+                for child in self.children.values() if signum == signal.SIGINT else ():
+                    child.line.say("drain", [], 0)      # a second order: no grace
             elif signum == signal.SIGHUP:
-                self.hup = True
+                self.hup = not self.stopping
 
     def reap(self):
         with contextlib.suppress(ChildProcessError):
@@ -1481,65 +1479,56 @@ class Master:
         child.hear()        # its last words
         child.line.sock.close()
         scoreboard.write(child.slot, None)
-        end = f"exited with status {code}" if code >= 0 else f"was killed by signal {-code}"
-        end = f"worker {child.number} (pid {child.pid}) {end}"
+        end = f"worker {child.number} (pid {child.pid}) ended with {'status' if code >= 0 else 'signal'} {abs(code)}"
         status, reason = child.said.get("failed", (1, end))
-        if child.life == DRAINING:
-            failed = code and child.generation.number <= self.current.number    # and was not rolled back
-            log.log(logging.WARNING if failed else logging.DEBUG, "%s, of generation %d", end, child.generation.number)
-        elif child.generation is self.upcoming:
+        if child.generation is self.upcoming:
             self.roll_back(reason, status)
-        else:
-            log.error("%s; it is replaced in %g s", reason, child.vacate(self.now))
+        elif child.life != DRAINING:
+            log.error("%s; it is replaced in %g s", reason, child.successor(self.now).fork_at - self.now)
+        elif code and child.generation.number <= self.current.number:       # and it was not rolled back
+            log.warning("%s, of generation %d", end, child.generation.number)
 
-    # The reload: bind, boot, commit or roll back
+    # The reload: bind, boot, commit or roll back; and the workers for it
     def advance(self):
-        """Move the reload on, as far as it goes. A SIGHUP that came in its midst was remembered, once, and is next."""
+        """Move the reload on, as far as it goes. A SIGHUP that comes in its midst is remembered, once, and is next."""
+        if self.hup and not self.upcoming and not self.stopping:
+            self.hup = False
+            self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", "SIGHUP: reloading")
+            try:
+                config = read_config(self.current.config.ini.path)
+                self.upcoming = Generation(next(self.numbers), config, self.adopted, self.current.listeners)
+            except ConfigError as error:
+                self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
         new = self.upcoming
         if new and not new.children:
             self.bind(new, self.current)
-        if new and new.children:
-            if all(child.life == READY for child in new.children):
-                self.commit(new, self.current)
-            elif self.due(new.deadline):
-                self.roll_back(f"not every worker was ready within {new.config.boot_timeout:g} s (boot_timeout)")
-        if self.hup and not self.upcoming and not self.stops:
-            self.hup = False
-            self.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            try:
-                config = read_config(self.current.config.ini.path)
-            except ConfigError as error:
-                return self.conclude(logging.ERROR, f"reload refused: {error}")
-            self.upcoming, self.alarm = Generation(next(self.numbers), config, self.adopted), 0.0
+        elif new and all(child.life == READY for child in new.children):
+            self.commit(new, self.current)
+        elif new and self.now > new.born + new.config.boot_timeout:
+            self.roll_back(f"not every worker was ready within {new.config.boot_timeout:g} s (boot_timeout)")
 
     def bind(self, new, old):
-        """Keep the very sockets of the addresses that stay, with the clients queued on them; bind the new ones. Then
-        there are places for workers."""
+        """The new addresses; those that stay have their very sockets already. Then there are places for workers."""
         try:
             for text, binds in new.config.listen.items():
-                if text in old.listeners:
-                    new.listeners[text] = old.listeners[text]
-                elif text not in new.listeners:
+                if text not in new.listeners:
                     for other in old.listeners:
                         if overlap(binds, old.config.listen[other]):
                             raise OSError(errno.EEXIST, f"overlaps {other}, which is being served")
                     open_listeners(binds, self.adopted, new.listeners.setdefault(text, []))
         except OSError as error:
             close_listeners(new.listeners.pop(text, []))
-            if error.errno == errno.EADDRINUSE and self.now < new.deadline:
-                self.due(self.now + 0.05)       # an old worker may be about to let go of it: once more
-                return
+            if error.errno == errno.EADDRINUSE and self.now < new.born + BIND_PATIENCE:
+                return      # an old worker may be about to let go of it: once more
             return self.roll_back(f"{new.config.ini.path}: [server:main] listen: {text}: {reason_of(error)}")
-        new.deadline = self.now + new.config.boot_timeout
         new.children = [Child(new, number) for number in range(new.config.workers)]
 
     def commit(self, new, old):
         """Every new worker is ready, and none has accepted anything. What can fail comes first."""
         if not new.config.listen:       # --check
-            self.status = 0
             return self.roll_back(f"{new.config.ini.path}: good", 0)
-        key, text = "pidfile", new.config.pidfile
         try:
+            key, text = "pidfile", new.config.pidfile
             claim_pidfile(text)
             key = "listen"
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
@@ -1550,85 +1539,69 @@ class Master:
         except OSError as error:
             place = f"{new.config.ini.path}: [server:main] {key}: {error.filename or text}"
             return self.roll_back(f"{place}: {reason_of(error)}")
-        self.current, self.upcoming = new, None
+        self.current = new
         self.tend()     # says "go"; no place is vacant
-        self.dismiss(old, new)
+        self.settle(new, old)
         workers = f"{new.config.workers} worker{'s' * (new.config.workers > 1)}"
-        if not old.number:
-            self.announce(workers)
-        self.conclude(logging.INFO, f"generation {new.number} serves with {workers}")
+        if not old.number:      # the first line says the port even where the system has chosen it
+            places = [text if text.startswith("unix:") else
+                      f"http{'s' * bool(new.config.tls)}://{text.rpartition(':')[0]}:{first.getsockname()[1]}"
+                      for text, (first, *_) in new.listeners.items()]
+            tell(f"serving {new.config.ini.path} on {' '.join(places)} with {workers}; "
+                 f"to reload it: kill -HUP {os.getpid()}", 0)
+        self.notify("READY=1", f"generation {new.number} serves with {workers}")
 
     def roll_back(self, reason, status=1):
         """Nothing has changed: the old generation has never stopped serving."""
-        new, self.upcoming = self.upcoming, None
-        self.dismiss(new, self.current)
+        self.settle(self.current, self.upcoming)
         if self.current.number:
-            self.conclude(logging.ERROR, f"reload rolled back: {reason}")
+            self.notify("READY=1", f"reload rolled back: {reason}", logging.ERROR)
         else:
-            self.stops, self.status = 1, tell(reason, max(status, self.status))
+            self.stopping, self.status = True, tell(reason, status and max(status, self.status))
 
-    def dismiss(self, generation, heir):
-        """Close what only this generation has, then tell its workers. In this order: they let in whoever is queued at
-        an address and close its last copy; were ours still open, more would queue there, to be reset by its close."""
-        dropped = generation.listeners.keys() - heir.listeners.keys()
-        for text in dropped:
-            close_listeners(generation.listeners[text])
-        if generation.config.pidfile != heir.config.pidfile:
-            release_pidfile(generation.config.pidfile)
-        for child in self.children.values():
-            if child.generation is generation and child.life != DRAINING:       # who drains is not told again
-                self.order(child, dropped - generation.borrowed)
+    def settle(self, heir, *others):
+        """Close what only the others have, then tell their workers. In this order: they let in whoever is queued at an
+        address and close its last copy; were ours still open, more would queue there, to be reset by its close."""
+        self.current, self.upcoming = heir, None
+        for generation in filter(None, others):
+            dropped = generation.listeners.keys() - heir.listeners.keys()
+            for text in dropped:
+                close_listeners(generation.listeners[text])
+            if generation.config.pidfile != heir.config.pidfile:
+                release_pidfile(generation.config.pidfile)
+            for child in self.children.values():
+                if child.generation is generation and child.life != DRAINING:       # who drains is not told again
+                    # The signal finds the order there. A worker that is dead already keeps its pid until reap().
+                    child.line.say("drain", sorted(dropped - generation.borrowed), generation.config.idle_grace)
+                    os.kill(child.pid, signal.SIGKILL if child.life == BOOTING else signal.SIGHUP)
+                    child.life = DRAINING
 
-    def order(self, child, dropped=()):
-        """On the line, with what a signal cannot say; then the signal, which so finds the order there. If the worker is
-        dead already, its pid is nobody else's: it stays a zombie's, who takes signals, until reap()."""
-        child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)
-        os.kill(child.pid, signal.SIGKILL if child.life == BOOTING else signal.SIGHUP)
-        child.life = DRAINING
-
-    def conclude(self, level, outcome):
-        """Whatever has become of a SIGHUP: systemd waits for it."""
+    def notify(self, state, outcome, level=logging.INFO):
+        """The log and, by sd_notify(3), systemd, which waits for whatever becomes of a SIGHUP."""
         log.log(level, "%s", outcome)
-        self.notify("READY=1", f"STATUS={outcome}")
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(self.notify_socket)        # "", where nobody wants to know: an OSError, too
+            sock.send(os.fsencode(f"{state}\nSTATUS={outcome}"), socket.MSG_DONTWAIT)
 
-    def notify(self, *lines):
-        """sd_notify(3): one datagram."""
-        if self.notify_socket:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto(os.fsencode("\n".join(lines)), socket.MSG_DONTWAIT, re.sub("^@", "\0", self.notify_socket))
-
-    def announce(self, workers):
-        """The first line, which says the port even where the system has chosen it."""
-        places = []
-        for text, (listener, *_) in self.current.listeners.items():
-            if listener.family != socket.AF_UNIX:
-                scheme = "https" if self.current.config.tls else "http"
-                text = f"{scheme}://{text.rpartition(':')[0]}:{listener.getsockname()[1]}"
-            places.append(text)
-        tell(f"serving {self.current.config.ini.path} on {' '.join(places)} with {workers}; "
-             f"to reload it: kill -HUP {os.getpid()}", 0)
-
-    # Spawn
     def tend(self):
         """Look at every place: fork for the vacant, end what never becomes ready, send the ready to work."""
         for generation in filter(None, (self.current, self.upcoming)):
             for child in generation.children:
-                if child.life == VACANT and self.due(max(child.fork_at, self.fork_at)):
+                if child.life == SERVING and "leaving" in child.said:
+                    child.line.say("drain", [], generation.config.idle_grace)
+                    child.life = DRAINING
+                    child = child.successor(self.now)
+                if child.life == VACANT and self.now >= max(child.fork_at, self.fork_at):
                     self.spawn(child)
-                elif child.life == BOOTING and self.due(child.born + generation.config.boot_timeout):
+                elif child.life == BOOTING and self.now > child.born + generation.config.boot_timeout:
                     child.said.setdefault("failed", [1, f"worker {child.number} was not ready within boot_timeout"])
                     os.kill(child.pid, signal.SIGKILL)
                 elif child.life == READY and generation is self.current:
                     child.line.say("go")
                     child.life = SERVING
-                elif child.life == SERVING and "leaving" in child.said:
-                    child.vacate(self.now)
-                    self.order(child)
-                    self.alarm = self.now       # this loop has passed the place
 
     def spawn(self, child):
-        taken = {other.slot for other in self.children.values()}
-        child.slot = min(set(range(Scoreboard.SLOTS)) - taken, default=Scoreboard.SLOTS - 1)
+        child.slot = min({*range(Scoreboard.SLOTS)} - {other.slot for other in self.children.values()}, default=0)
         # Blocked, for the child must not run the master's handlers, nor lose a signal before it has its own.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -1643,19 +1616,18 @@ class Master:
             if not self.fork_at:
                 log.error("cannot start a worker: %s; trying again every %g s", reason_of(error), PAUSE)
             self.fork_at = self.now + PAUSE
-            self.due(self.fork_at)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def become_worker(self, child, line):
         """In the worker: close what is the master's and other generations', and run. Never returns."""
         try:
-            spare = [self.bell.reader, self.bell.writer, *self.adopted.values(),
+            spare = [self.bell.reader, self.bell.writer, self.terminal, *self.adopted.values(),
                      *(each.line.sock for each in (child, *self.children.values()))]
             for other in filter(None, (self.current, self.upcoming)):
                 for text in other.listeners.keys() - child.generation.listeners.keys():
                     spare += other.listeners[text]
-            for each in spare:
+            for each in filter(None, spare):
                 each.close()
             leave(run_worker(child.generation, child.number, child.slot, line))
         except BaseException:
@@ -1663,91 +1635,49 @@ class Master:
         finally:
             leave(1)
 
-    # Stop
-    def stop(self, signum):
-        """Gracefully: a reload to nothing but the pidfile. The second time at once."""
-        self.stops += 1
-        if self.stops > 1:
-            log.warning("stopped by force")
-            self.status = max(1, self.status)
-            for pid in self.children:
-                os.kill(pid, signal.SIGKILL)
-            return
-        log.info("%s: stopping, when every request that has begun is answered", signal.Signals(signum).name)
-        self.notify("STOPPING=1")
-        nothing = Generation(self.current.number, self.current.config)
-        for generation in filter(None, (self.upcoming, self.current)):
-            self.dismiss(generation, nothing)
-        self.current, self.upcoming = nothing, None
-        for child in self.children.values() if signum == signal.SIGINT else ():
-            child.line.say("drain", [], 0)      # a second order: no grace
-
-
-def pid_in(pidfile):
-    with contextlib.suppress(OSError, ValueError), open(pidfile) as file:
-        return int(file.read())
-    return 0
-
 
 def claim_pidfile(path):
     """OSError: it cannot be written, or names a living process that is not this one."""
-    if path:
-        pid = pid_in(path)
-        with contextlib.suppress(ProcessLookupError, OverflowError):    # no pid is that large
-            if pid not in (0, os.getpid()):
-                os.kill(pid, 0)
-                raise OSError(errno.EEXIST, f"process {pid} is alive", path)
-        with open(f"{path}.{os.getpid()}", "w") as file:
-            print(os.getpid(), file=file)
-        os.rename(file.name, path)      # whole, or not there
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError, OverflowError), open(path) as file:
+        if (pid := int(file.read())) != os.getpid():
+            os.kill(pid, 0)
+            raise FileExistsError(errno.EEXIST, f"it names process {pid}, which is alive", path)
+        return      # were it rewritten, somebody could find it empty
+    with open(path or os.devnull, "w") as file:
+        print(os.getpid(), file=file)
 
 
 def release_pidfile(path):
-    with contextlib.suppress(OSError):
-        if pid_in(path) == os.getpid():     # if not, it has become another master's
+    with contextlib.suppress(OSError, ValueError), open(path) as file:
+        if int(file.read()) == os.getpid():     # if not, it has become another master's
             os.unlink(path)
-
-
-def has_terminal():
-    try:
-        os.close(os.open(os.ctermid(), os.O_RDWR | os.O_NOCTTY))
-    except OSError as error:
-        return error.errno in EXHAUSTED     # that is no hangup
-    return True
 
 
 # ---- Demo and status: the two applications that ship with it -----------------------------------------
 
 COLUMNS = ("generation", "worker", "pid", "state", "idle", "reading", "in_flight", "served", "waits_for")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</title>
-<style>
-:root { color-scheme: light dark; font-family: system-ui }
-th, td { padding: .3em .6em; border-bottom: 1px solid #8886; text-align: left; white-space: pre-line }
-</style>
+<style>:root { color-scheme: light dark; font-family: system-ui }
+th, td { padding: .3em .6em; border-bottom: 1px solid #8886; text-align: left; white-space: pre-line }</style>
 <main><h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
 <table><tr><th>%(columns)s%(rows)s</table></main>
 <p><button onclick="fetch('slow?seconds=20')" %(hidden)s>Hold a request in flight for 20 s</button>
-<script>
-setInterval(async () => {
-  const page = await fetch("", {cache: "no-store"}).then(response => response.text()).catch(() => "")
+<script>setInterval(async () => {
+  const page = await fetch("").then(response => response.text()).catch(() => "")
   document.querySelector("main").innerHTML = page.split(/<.?main>/)[1] || "Nobody answers."
-}, 500)
-</script>
+}, 500)</script>
 """
 
 
-def status_filter(global_conf, path="/status"):
+def status_filter(global_conf, path="/status", greeting=""):
     """paste.filter_factory: at path, a page that shows all workers of all generations, live; and the same as JSON to
     whoever asks for it (Accept: application/json, or ?format=json)."""
-    def with_status(application):
-        def choose(environ, start_response):
-            chosen = status if environ.get("PATH_INFO") == path else application
-            return chosen(environ, start_response)
-        return choose
-    return with_status
+    return lambda application: functools.partial(status, application, path, greeting)
 
 
-def status(environ, start_response, greeting=""):
+def status(application, path, greeting, environ, start_response):
+    if environ.get("PATH_INFO") != path:
+        return application(environ, start_response)
     facts = {"greeting": greeting, "pid": os.getpid(), "workers": scoreboard.read(),
              "generation": environ.get("hupserve.generation"), "worker": environ.get("hupserve.worker")}
     if "format=json" in environ.get("QUERY_STRING", "") or "application/json" in environ.get("HTTP_ACCEPT", ""):
@@ -1769,16 +1699,14 @@ def answer(start_response, status, text, kind="text/plain; charset=utf-8"):
 
 def demo_app(global_conf, greeting="hello"):
     """paste.app_factory: the status page with a greeting, and /slow?seconds=N to hold a request in flight."""
-    def demo(environ, start_response):
-        if environ.get("PATH_INFO") == "/":
-            return status(environ, start_response, greeting)
+    def slow(environ, start_response):
         seconds = re.fullmatch(r"seconds=([0-9]{1,4}(\.[0-9]+)?)", environ.get("QUERY_STRING") or "seconds=20")
         if environ.get("PATH_INFO") != "/slow" or not seconds:
             return answer(start_response, "404 Not Found", "Try / or /slow?seconds=20\n")
         time.sleep(float(seconds[1]))
         return answer(start_response, "200 OK", f"{greeting}, after {seconds[1]} s, still from pid {os.getpid()} "
                                                 f"of generation {environ.get('hupserve.generation')}\n")
-    return demo
+    return status_filter(global_conf, "/", greeting)(slow)
 
 
 # ---- Main --------------------------------------------------------------------------------------------
@@ -1790,8 +1718,7 @@ def tell(reason, status):
 
 
 def serve(config):
-    """Run the master until it is stopped -> exit status: 0 after a clean stop; 2 for a mistake of the operator's; 1 if
-    it could not start for another reason, or was stopped by force."""
+    """-> exit status: 0 after a clean stop; 1 after a forced one, or none to stop; 2 for the operator's mistake."""
     sys.modules.setdefault("hupserve", sys.modules[__name__])   # or hupserve:demo_app were a second copy
     try:
         use_logs(config)

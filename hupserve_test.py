@@ -2517,8 +2517,8 @@ def test_operator_nohup_and_setsid_outlive_the_terminal(serve, how):
     close_window()
     with Load(server) as load:
         load.more()
-        server.signal(SIGHUP)  # this one is a reload
-        until(lambda: load.more(10)[-1] == 2)
+        server.signal(SIGHUP)  # this one is a reload; under nohup the closed window's was one, too
+        until(lambda: load.more(10)[-1] >= 2)
     assert load.lost == [] and server.process.poll() is None
 
 
