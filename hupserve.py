@@ -25,10 +25,10 @@ A reload. A generation is the workers started from one reading of the configurat
 
     signal        to the master                          to a worker
     HUP           reload (its terminal is gone: stop)    drain if the master ordered it, else a log line
-    TERM, QUIT    stop when every request is answered    ask for a replacement, drain and leave
+    TERM, QUIT    stop when all requests are answered    ask for a replacement, drain and leave
     INT           as TERM, without grace for the idle    nothing: the master speaks for it
+    a second one  stop at once                           nothing
     USR1          nothing: logs follow their rotation    nothing
-A second TERM, QUIT or INT stops the master at once.
 """
 
 import argparse
@@ -79,7 +79,6 @@ access_log = logging.getLogger("hupserve.access")
 
 
 # ---- Words: the states, each listed once, and who moves what on which event ------------------------
-
 class State(enum.IntEnum):
     """Where a connection is; Worker.move() alone changes it. Input takes it as far towards WAITING as it reaches. Its
     deadline or its client's end closes it, except in WAITING and IN_FLIGHT."""
@@ -106,7 +105,6 @@ VACANT, BOOTING, READY, SERVING, DRAINING = Life
 
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
-LOADING_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)    # a worker's from the start; STOPS only from "go" on
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FOREVER = float("inf")
@@ -119,7 +117,6 @@ STEADY = 10.0           # seconds: who has lived longer is replaced at once
 
 
 # ---- Configuration: text in, one immutable object out ----------------------------------------------
-
 class ConfigError(Exception):
     """The operator's mistake, in one line: file, section, key and reason."""
 
@@ -171,10 +168,6 @@ def number(text, low, high):
     return kind(text)
 
 
-def level(text):
-    return logging.Handler(text.upper()).level      # ValueError: there is no such level
-
-
 def log_path(text):
     """'off', '-' or a file, which is opened once here: so a commit does not fail for it."""
     if text not in ("off", "-"):
@@ -200,12 +193,10 @@ KEYS = {    # of [server:main]: the default, what reads the text (its ValueError
     "drain_timeout": ("0", number, 0.0, 1e6),               # 0: no limit
     "boot_timeout": ("60", number, 0.001, 1e6),
     "max_body": ("0", number, 0, 10**15),                   # bytes, 0: no limit
-    "certfile": ("", str),
-    "keyfile": ("", str),
+    "certfile": ("", str), "keyfile": ("", str),
     "pidfile": ("", path_in_folder),
-    "access_log": ("off", log_path),
-    "log_file": ("-", log_path),
-    "log_level": ("info", level),
+    "access_log": ("off", log_path), "log_file": ("-", log_path),
+    "log_level": ("info", lambda text: logging.Handler(text.upper()).level),
 }
 # One reading of a file: every key of KEYS; an SSLContext or None; the application's parts (see Ini.parts); the Ini.
 Config = collections.namedtuple("Config", [*KEYS, "tls", "parts", "ini"])
@@ -300,8 +291,11 @@ def load_application(config):
     """In a worker -> the WSGI callable. Raises ConfigError for the operator's mistakes, and the application's own."""
     importlib.invalidate_caches()       # a module may be younger than the import system's idea of its folder
     sys.path.insert(0, os.getcwd())
-    application: Any = None
+    use_logs(config)
+    application, place = None, "[loggers]"
     try:
+        if "loggers" in config.ini:
+            logging.config.fileConfig(config.ini, disable_existing_loggers=False)
         for place, target, arguments, settings in reversed(config.parts):
             found = pkgutil.resolve_name(target)
             found = found(*arguments, **settings) if arguments else found
@@ -309,9 +303,9 @@ def load_application(config):
             if not callable(application):
                 raise TypeError(f"{application!r} is not callable")
         return application
-    except (LookupError, ImportError, AttributeError, TypeError, OSError) as error:
+    except (LookupError, ImportError, AttributeError, TypeError, ValueError, OSError, configparser.Error) as error:
         names = " ".join(frame.f_globals.get("__name__", "?") for frame, _ in traceback.walk_tb(error.__traceback__))
-        if not re.search(rf"(^| )({__name__}|pkgutil|paste[.]\S+)( importlib\S*)*$", names):
+        if not re.search(rf"(^| )({__name__}|pkgutil|configparser|(paste|logging)[.]\S+)( importlib\S*)*$", names):
             raise       # the application's, and not one of its loaders'
         raise ConfigError(f"{config.ini.path}: {place}: {reason_of(error, short=False)}") from None
 
@@ -344,7 +338,6 @@ def use_logs(config):
 
 
 # ---- Listeners: bind, adopt, let go ----------------------------------------------------------------
-
 class Listener(socket.socket):
     file: Any = None        # of a unix socket that is ours: what os.stat() said, to know its file by
 
@@ -406,7 +399,6 @@ def adopt():
 
 
 # ---- The bell: what wakes a main loop, and how the two loops talk ----------------------------------
-
 def comes_in_time(source, event, seconds):
     """Wait until it can be read (select.POLLIN) or written (POLLOUT) -> has it come to that in time?"""
     poller = select.poll()      # of select() a descriptor above 1023 would be too much to ask
@@ -431,9 +423,6 @@ class Bell:
         for signum in signals:
             signal.signal(signum, lambda came, frame: self.rung.append(came))
 
-    def ring(self):
-        self.writer.write(b"!")     # None, if the pipe is full: it wakes anyway
-
     def silence(self):
         """-> the signals that came, in order. The pipe is read first: for a later one it rings again."""
         self.reader.read(4096)
@@ -442,8 +431,7 @@ class Bell:
 
 
 class Line:
-    """One end of the socketpair between the master and a worker: a JSON list per line, [word, ...].
-    It carries what a signal cannot, and its end tells either side that the other is gone."""
+    """One end of the socketpair between master and worker: a JSON list per line. Its end says: the other is gone."""
 
     def __init__(self, sock):
         sock.setblocking(False)
@@ -466,8 +454,8 @@ class Line:
 
 
 class Scoreboard:
-    """What the workers of all generations do: shared memory with a slot for each, which it alone writes while it
-    lives, and all can read. A slot is a JSON object (2 KB with 8 waits of 60 characters), or null, filled with NULs."""
+    """What the workers of all generations do: memory that they share, with a slot for each, which it alone writes while
+    it lives. A slot is a JSON object (2 KB with 8 waits of 60 characters), or null, filled with NULs."""
     SLOTS, SIZE = 1024, 4096
     memory = mmap.mmap(-1, SLOTS * SIZE)
 
@@ -489,7 +477,6 @@ scoreboard: Any = Scoreboard()      # the master's, which its workers inherit
 
 
 # ---- The exchange: one request, one response (RFC 9110 and 9112, PEP 3333) -------------------------
-
 MAX_LINE = 8192             # bytes of a request line (414), of a chunk's size with its extensions, of a trailer (400)
 MAX_HEAD = 65536            # bytes of a head (431), of all chunk extensions (400)
 MAX_FIELDS = 100            # of a head, and of trailers (431)
@@ -624,8 +611,7 @@ class Connection:
     keep = False                # the exchange's decision
     linger = True               # may its client still be sending when it is closed?
 
-    def __init__(self, sock, client, base, tls):
-        # client: its address, for the logs; base: the part of the environ that is the same for all its requests
+    def __init__(self, sock, client, base, tls):        # base: the part of the environ that all its requests have
         self.sock, self.client, self.base, self.tls = sock, client, base, tls
 
     @property
@@ -741,26 +727,20 @@ class Body(io.RawIOBase):
             refuse_if(not here, 408, "the body took too long to arrive")
         refuse_if(not came, 400, "the body was cut short")
 
-    def skip(self):
-        """Read on -> was the end found?"""
-        with contextlib.suppress(Refusal):
-            self.readall()
-        return not self.chunked and not self.left
-
     def what_follows(self):
-        """-> the input behind it, if all of it is here, so that it can be skipped; else None. Found out on a copy: the
-        application may yet read it."""
+        """-> the input behind it, if all of it is here. Found out on a copy: the application may yet read the rest."""
         while len(self.connection.buffer) < SKIPPABLE and self.connection.receive():
             pass
         trial, copy = Body(self.exchange), types.SimpleNamespace(buffer=self.connection.buffer, receive=lambda size: 0)
         trial.__dict__.update(vars(self), connection=copy)
-        return copy.buffer if trial.skip() else None
+        with contextlib.suppress(Refusal):
+            trial.readall()
+        return None if trial.chunked or trial.left else copy.buffer
 
 
 @functools.lru_cache(maxsize=128)
 def begin_head(status, headers, second):
-    """What start_response was given -> (a head's bytes, without framing; the Content-Length or None; may the connection
-    be kept?). Raises ValueError or TypeError."""
+    """-> (a head's bytes, without framing; the Content-Length or None; keep-alive?). Raises ValueError, TypeError."""
     if not STATUS.fullmatch(status):
         raise ValueError(f"{status!r} is no status")
     ours = {"date": f"Date: {email.utils.formatdate(second, usegmt=True)}", "server": "Server: hupserve"}
@@ -790,7 +770,7 @@ class Exchange(socketserver.BaseRequestHandler):
 
     def handle(self):
         connection, request, config = self.request, self.request.request, self.server.config
-        self.keep = request.keep and config.keepalive_timeout > 0
+        connection.keep, self.keep = False, request.keep and config.keepalive_timeout > 0
         self.body = None if request.length == 0 else Body(self)
         given = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO()
         try:
@@ -804,7 +784,7 @@ class Exchange(socketserver.BaseRequestHandler):
             if not self.head_sent or self.left != 0:        # else the answer is whole, and another may follow
                 self.fail(Refusal(500, "the application failed"))
         if self.body and self.keep:
-            self.body.skip()
+            self.body.readall()
         connection.keep, connection.linger = self.keep, request.keep or bool(self.body) or self.sent > PIECE
         if config.access_log != "off":
             log_access(connection, self.status[:3], self.sent)
@@ -929,7 +909,6 @@ def escaped(text):
 
 
 # ---- The worker: its loop first, then orders, accept, read, dispatch, take back, close --------------
-
 class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     """Its main thread alone registers, unregisters and closes sockets: were a thread to close one, its descriptor could
     be another connection's before the selector hears of it. From dispatch() to take_back() a connection is a thread's,
@@ -939,7 +918,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     accepting = False                   # are the listeners registered?
     in_flight = 0                       # requests that are with a thread
     count = served = threads = 0        # connections open, requests answered, threads started
-    accept_at = thread_at = report_at = 0.0     # not before these times
+    accept_at = report_at = 0.0         # not before these times
     give_up_at = explain_at = FOREVER   # of a drain
     facts: dict = {}                    # as last reported
 
@@ -984,7 +963,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         for all, until it rings or a millisecond is over. Then dispatch() wakes another: the first may be stuck."""
         self.still.release()
         if self.jobs:
-            comes_in_time(self.bell, select.POLLIN, 0.001 if self.now >= self.thread_at else PAUSE)
+            comes_in_time(self.bell, select.POLLIN, 0.001 if self.now >= self.accept_at else PAUSE)
         due = [when for when in (self.accept_at, self.report_at, self.explain_at, self.give_up_at) if when > self.now]
         due += [next(iter(room)).deadline for room in self.rooms if room]
         # In this order: a thread hands back before it takes its next job, so that one of the two is seen.
@@ -997,11 +976,11 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         """Fill in this worker's slot of the scoreboard, if it has changed, and at most fifty times a second."""
         if self.now < self.report_at:
             return
-        idle = len(self.rooms[NEW]) + len(self.rooms[IDLE])
-        reading = len(self.rooms[READING]) + len(self.rooms[RECEIVING])
+        new, idle, reading, receiving, *_ = map(len, self.rooms)
         facts = {"pid": os.getpid(), "worker": self.number, "generation": self.generation.number,
-                 "state": self.life.name.lower(), "idle": idle, "reading": reading, "in_flight": self.in_flight,
-                 "served": self.served, "waits_for": self.waits_for(8) if self.life == DRAINING else []}
+                 "state": self.life.name.lower(), "idle": new + idle, "reading": reading + receiving,
+                 "in_flight": self.in_flight, "served": self.served,
+                 "waits_for": self.waits_for(8) if self.life == DRAINING else []}
         if facts != self.facts:
             self.facts, self.report_at = facts, self.now + 0.02
             scoreboard.write(self.slot, facts)
@@ -1111,7 +1090,10 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         except WOULD_BLOCK:
             return False        # another worker was faster
         except OSError as error:
-            return error.errno not in EXHAUSTED or self.make_room(listener, error)      # or that client is gone again
+            # Without a descriptor to be had accept() fails also when nobody is queued.
+            if error.errno in EXHAUSTED and comes_in_time(listener, select.POLLIN, 0):
+                return self.evict(PAUSE) or self.pause(error)
+            return error.errno not in EXHAUSTED     # or that client is gone again
         while self.count >= self.config.connections and self.life == SERVING and self.evict():
             pass
         self.accept_at, self.count = 0.0, self.count + 1
@@ -1122,24 +1104,21 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.read(connection)   # often its request is there already, and there is no need to register it
         return True
 
-    def make_room(self, listener, error):
-        """Out of descriptors or memory -> is there one now? If not, a pause, not a spin."""
-        queued = comes_in_time(listener, select.POLLIN, 0)      # accept() fails so also when nobody is
-        if queued and not self.evict(PAUSE):
-            if not self.accept_at:
-                log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
-            self.accept_at = self.now + PAUSE
-            self.stop_accepting()
-        return queued and not self.accept_at
+    def pause(self, error):
+        """Out of descriptors, memory or threads: no spin."""
+        if not self.accept_at:
+            log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
+        self.accept_at = self.now + PAUSE
+        self.stop_accepting()
 
     def base(self, listener):
         """-> the part of the environ that is the same for all requests of a listener."""
         name, tls = listener.getsockname(), self.config.tls
         host, port = name[:2] if isinstance(name, tuple) else ("localhost", 443 if tls else 80)
         return {"SERVER_NAME": host, "SERVER_PORT": str(port), "SERVER_SOFTWARE": f"hupserve/{__version__}",
-                "SCRIPT_NAME": "", "GATEWAY_INTERFACE": "CGI/1.1", "wsgi.version": (1, 0),
-                "wsgi.url_scheme": "https" if tls else "http", "wsgi.multithread": True, "wsgi.multiprocess": True,
-                "wsgi.run_once": False, "wsgi.errors": ErrorsToLog(), "wsgi.file_wrapper": wsgiref.util.FileWrapper,
+                "SCRIPT_NAME": "", "wsgi.version": (1, 0), "wsgi.url_scheme": "https" if tls else "http",
+                "wsgi.multithread": True, "wsgi.multiprocess": True, "wsgi.run_once": False,
+                "wsgi.errors": ErrorsToLog(), "wsgi.file_wrapper": wsgiref.util.FileWrapper,
                 "wsgi.input_terminated": True,      # Flask asks, before it reads a body without a length
                 "hupserve.generation": self.generation.number, "hupserve.worker": self.number}
 
@@ -1193,8 +1172,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # Dispatch, and take back
     def dispatch(self):
-        """Hand complete requests to free threads. One thread is woken for all of them: at the interpreter's lock they
-        take turns anyway, and every switch costs."""
+        """One thread is woken for all: at the interpreter's lock they take turns anyway, and every switch costs."""
         waiting = self.rooms[WAITING]
         while waiting and self.in_flight < self.config.threads:
             connection = next(iter(waiting))
@@ -1203,13 +1181,12 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.jobs.append(connection)
         if self.jobs and self.sleeping:
             self.sleeping.pop().release()
-        elif self.jobs and self.threads < self.config.threads and self.now >= self.thread_at:
+        elif self.jobs and self.threads < self.config.threads and self.now >= self.accept_at:
             try:
                 threading.Thread(target=self.work, daemon=True, name=f"request-{self.threads}").start()
                 self.threads += 1
             except RuntimeError as error:       # those there are go on
-                log.error("%s; trying again in %g s", error, PAUSE)
-                self.thread_at = self.now + PAUSE
+                self.pause(error)
 
     def work(self):
         """In a thread: one job after another. To start a thread for each would cost more than most of them do."""
@@ -1228,7 +1205,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         """In a thread: the connection goes back. The main thread hears of a batch at once."""
         self.returned.append(request)
         if not self.jobs:
-            self.bell.ring()
+            self.bell.writer.write(b"!")    # None, if the pipe is full: it wakes anyway
 
     def take_back(self):
         while self.returned:
@@ -1271,8 +1248,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         return True
 
     def expire(self):
-        """End what is due. An idle connection is read once more just before: the moment in which its next request can
-        be missed is a few system calls long."""
+        """End what is due. Of the idle, each is read once more just before, so that hardly a request is missed."""
         for room in self.rooms:
             while room and next(iter(room)).deadline <= self.now:
                 connection = next(iter(room))
@@ -1319,53 +1295,29 @@ class ErrorsToLog(io.TextIOBase):
 
 
 def run_worker(generation, number, slot, line):
-    """A worker's life, in the worker -> exit status. Signals are still blocked when it begins."""
+    """A worker's life, in the worker. Signals are still blocked when it begins."""
     bell = Bell()
     for signum in MASTER_SIGNALS:
         signal.signal(signum, signal.SIG_DFL)   # until it serves, it dies of TERM at once
-    bell.hang(LOADING_SIGNALS)
+    bell.hang((signal.SIGHUP, signal.SIGINT, signal.SIGUSR1))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)    # SIGIO ends it, if the master ends while it loads
     if comes_in_time(line, select.POLLIN, 0):       # or has ended already
-        return 1
+        return
     worker = Worker(generation, number, slot, line, bell)
     worker.report()
-    try:
-        worker.application = prepare(generation.config)
-    except ConfigError as error:
-        line.say("failed", 2, str(error))
-        return 2
-    except BaseException as error:      # an import may well call sys.exit()
-        log.exception("the application does not load")
-        line.say("failed", 1, f"the application does not load: {reason_of(error, short=False)[:500]}")
-        return 1
+    worker.application = load_application(generation.config)
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
     worker.life = READY
     line.say("ready")
     worker.run()
     if worker.in_flight:
         log.warning("drain_timeout: %d requests in flight are cut short", worker.in_flight)
-    return 0
-
-
-def prepare(config):
-    """Logging, then the application -> the WSGI callable. Raises ConfigError, or what the application raises."""
-    use_logs(config)
-    if "loggers" in config.ini:
-        ours = log.handlers[:], access_log.handlers[:]
-        try:
-            logging.config.fileConfig(config.ini, disable_existing_loggers=False)
-        except Exception as error:
-            raise ConfigError(f"{config.ini.path}: [loggers] {reason_of(error, short=False)}") from None
-        for logger, handlers in zip((log, access_log), ours):
-            logger.handlers = logger.handlers or handlers
-    return load_application(config)
 
 
 def leave(status):
-    """Exit a worker. A thread that hangs would hold sys.exit() for ever; os._exit() alone would skip what atexit has to
-    do, and multiprocessing would leave orphans."""
+    """sys.exit() would wait for a thread that hangs; os._exit() alone skips atexit: multiprocessing leaves orphans."""
     for last in (atexit._run_exitfuncs, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
         with contextlib.suppress(BaseException):
             last()
@@ -1373,7 +1325,6 @@ def leave(status):
 
 
 # ---- The master: its loop first, then what comes from below, the reload, spawn -----------------------
-
 class Child:
     """One of a generation's places for a worker and, from BOOTING on, the worker in it."""
 
@@ -1528,15 +1479,13 @@ class Master:
         if not new.config.listen:       # --check
             return self.roll_back(f"{new.config.ini.path}: good", 0)
         try:
-            key, text = "pidfile", new.config.pidfile
-            claim_pidfile(text)
-            key = "listen"
+            claim_pidfile(new.config.pidfile)
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
                     listener.listen(new.config.backlog)
-            key = "log_file, access_log"
             use_logs(new.config)
         except OSError as error:
+            key = "pidfile" if error.filename == new.config.pidfile else "log_file" if error.filename else "listen"
             place = f"{new.config.ini.path}: [server:main] {key}: {error.filename or text}"
             return self.roll_back(f"{place}: {reason_of(error)}")
         self.current = new
@@ -1629,18 +1578,21 @@ class Master:
                     spare += other.listeners[text]
             for each in filter(None, spare):
                 each.close()
-            leave(run_worker(child.generation, child.number, child.slot, line))
-        except BaseException:
+            run_worker(child.generation, child.number, child.slot, line)
+            leave(0)
+        except ConfigError as error:
+            line.say("failed", 2, str(error))
+        except BaseException as error:      # an import may well call sys.exit()
             log.exception("worker %d failed", child.number)
-        finally:
-            leave(1)
+            line.say("failed", 1, f"worker {child.number} failed: {reason_of(error, short=False)[:500]}")
+        leave(1)
 
 
 def claim_pidfile(path):
     """OSError: it cannot be written, or names a living process that is not this one."""
     with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError, OverflowError), open(path) as file:
         if (pid := int(file.read())) != os.getpid():
-            os.kill(pid, 0)
+            os.getpgid(pid)     # ProcessLookupError: it is dead
             raise FileExistsError(errno.EEXIST, f"it names process {pid}, which is alive", path)
         return      # were it rewritten, somebody could find it empty
     with open(path or os.devnull, "w") as file:
@@ -1654,7 +1606,6 @@ def release_pidfile(path):
 
 
 # ---- Demo and status: the two applications that ship with it -----------------------------------------
-
 COLUMNS = ("generation", "worker", "pid", "state", "idle", "reading", "in_flight", "served", "waits_for")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</title>
 <style>:root { color-scheme: light dark; font-family: system-ui }
@@ -1670,8 +1621,7 @@ th, td { padding: .3em .6em; border-bottom: 1px solid #8886; text-align: left; w
 
 
 def status_filter(global_conf, path="/status", greeting=""):
-    """paste.filter_factory: at path, a page that shows all workers of all generations, live; and the same as JSON to
-    whoever asks for it (Accept: application/json, or ?format=json)."""
+    """paste.filter_factory: at path, all workers, live; or as JSON (Accept: application/json, or ?format=json)."""
     return lambda application: functools.partial(status, application, path, greeting)
 
 
@@ -1710,7 +1660,6 @@ def demo_app(global_conf, greeting="hello"):
 
 
 # ---- Main --------------------------------------------------------------------------------------------
-
 def tell(reason, status):
     with contextlib.suppress(OSError):      # nobody reads it
         print(f"hupserve: {reason}", file=sys.stderr, flush=True)
