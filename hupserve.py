@@ -638,15 +638,15 @@ class Connection:
         if self.request is None:
             if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
                 self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
-            if self.buffer in (b"", b"\r"):         # an empty line is no request
-                return min(self.state, IDLE)
             end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
             if not 0 <= end <= MAX_HEAD - 4:
+                if self.buffer in (b"", b"\r"):     # an empty line is no request
+                    return min(self.state, IDLE)
                 self.look()
                 return READING
             self.request = parse_head(self.buffer[:end + 2])
             self.buffer, self.scanned = self.buffer[end + 4:], 0
-            refuse_if(0 < max_body < (self.request.length or 0), 413, f"more than {max_body} bytes")
+            refuse_if(0 < max_body < (self.request.length or 0), 413, "more than max_body bytes")
         length = self.request.length or 0
         return WAITING if length > SMALL_BODY or self.request.expect or len(self.buffer) >= length else RECEIVING
 
@@ -699,7 +699,7 @@ class Body(io.RawIOBase):
         self.left, self.extensions = int(line[1], 16), self.extensions + len(line[2] or b"")
         self.size += self.left
         refuse_if(self.extensions > MAX_HEAD, 400, f"chunk extensions of more than {MAX_HEAD} bytes")
-        refuse_if(0 < self.config.max_body < self.size, 413, f"more than {self.config.max_body} bytes")
+        refuse_if(0 < self.config.max_body < self.size, 413, "more than max_body bytes")
         if not self.left:   # the last: trailers, which must be well-formed and are discarded, and an empty line
             for _ in range(MAX_FIELDS + 1):
                 if self.take_line(TRAILER)[0] == b"\r":
@@ -850,17 +850,17 @@ class Exchange(socketserver.BaseRequestHandler):
             raise TypeError(f"the application gave {type(data).__name__}, not bytes")
         head = b"" if self.head_sent else self.head(len(data) if whole else None)
         data = data[:self.left]     # or all of it; more than was announced would pose as the next response
-        framed = b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data
-        self.send(head + framed)
+        self.send(head + (b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data))
         self.sent += len(data)
         if self.left is not None:
             self.left -= len(data)
 
     def send(self, data):
         """All of the bytes. Raises Refusal where the client is gone, or takes nothing for io_timeout seconds."""
+        data = memoryview(data) if len(data) > PIECE else data      # of less what is left is copied, mostly nothing
         while data:
             try:
-                data = memoryview(data)[self.request.sock.send(data):]
+                data = data[self.request.sock.send(data):]
             except WOULD_BLOCK:
                 taken = comes_in_time(self.request.sock, select.POLLOUT, self.server.config.io_timeout)
                 refuse_if(not taken, 408, "the client takes nothing")
@@ -1173,9 +1173,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     # Dispatch, and take back
     def dispatch(self):
         """One thread is woken for all: at the interpreter's lock they take turns anyway, and every switch costs."""
-        waiting = self.rooms[WAITING]
-        while waiting and self.in_flight < self.config.threads:
-            connection = next(iter(waiting))
+        while self.rooms[WAITING] and self.in_flight < self.config.threads:
+            connection = next(iter(self.rooms[WAITING]))
             self.move(connection, IN_FLIGHT)
             self.in_flight += 1
             self.jobs.append(connection)
@@ -1213,11 +1212,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             connection.request = None
             self.in_flight -= 1
             self.served += 1
-            if not connection.keep:     # closed at once, if the client has asked for that and sent nothing more
+            if connection.keep and not connection.buffer:
+                self.move(connection, IDLE)
+            elif connection.keep:
+                self.advance(connection)
+            else:       # closed at once, if the client has asked for that and sent nothing more
                 came = bool(connection.buffer) or connection.receive()
                 self.close(connection, linger=connection.linger if came is None else came)
-            else:
-                self.advance(connection)
 
     # Close, and expire
     def close(self, connection, linger=False):
@@ -1239,13 +1240,12 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def evict(self, seconds=0):
         """Close, or read if it has spoken, what has been idle longest, for these seconds at least -> was there one?"""
-        idle = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
-        oldest = min(idle, key=lambda connection: connection.since, default=None)
-        if not oldest or oldest.since > self.now - seconds:
-            return False
-        oldest.deadline = self.now
-        self.expire()
-        return True
+        firsts = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
+        idle = [connection for connection in firsts if connection.since <= self.now - seconds]
+        if idle:
+            min(idle, key=lambda connection: connection.since).deadline = self.now
+            self.expire()
+        return bool(idle)
 
     def expire(self):
         """End what is due. Of the idle, each is read once more just before, so that hardly a request is missed."""
