@@ -5,15 +5,15 @@
     kill -HUP <pid of the master>           reload: new workers, new code, new settings
 
 It promises that between its first answer and its stop no client is refused or reset, and that no request which has
-begun to arrive goes without an answer (unless drain_timeout is set): whatever is reloaded, and also if that turns out
-wrong. It leaves to others: HTTP/2, websockets, async applications, privileges, static files at scale.
+begun to arrive goes without an answer (but for drain_timeout, and RFC 9112 section 9.5): whatever is reloaded, right
+or wrong. It leaves to others: HTTP/2, websockets, async applications, privileges, static files at scale.
 
     operator --signals--> MASTER    owns the listeners, starts and counts the workers; runs no
                           |    ^    application code and no thread, so it can fork for years
        go, drain (line)   v    |    ready, leaving, failed (line)
                         WORKER      its main thread owns every connection that is not in flight:
                           |    ^    it accepts, reads, waits, expires, closes
-     request, complete    v    |    connection, answered
+     request (head read)  v    |    connection, answered
                         THREADS     run the application: one request, one response
 
 A reload. A generation is the workers started from one reading of the configuration.
@@ -80,22 +80,21 @@ access_log = logging.getLogger("hupserve.access")
 
 # ---- Words: the states, each listed once, and who moves what on which event ------------------------
 class State(enum.IntEnum):
-    """Where a connection is; Worker.move() alone changes it. Input takes it as far towards WAITING as it reaches. Its
-    deadline or its client's end closes it, except in WAITING and IN_FLIGHT."""
+    """Where a connection is (Worker.move()). Its deadline or its client's end ends it, but in WAITING and IN_FLIGHT."""
     NEW = 0         # nothing of a first request has come (nor all of a TLS handshake)
     IDLE = 1        # kept alive, and nothing of a next request has come
     READING = 2     # a part of a head has come
     RECEIVING = 3   # the head, but not all of its short, announced body
     WAITING = 4     # all that is read beforehand         -> IN_FLIGHT (a thread is free)
-    IN_FLIGHT = 5   # with a thread, or on its way back   -> IDLE, or on, if more has come; or CLOSING, or closed
+    IN_FLIGHT = 5   # in jobs, in a thread or returned    -> IDLE, or READING to WAITING, if more has come; or CLOSING
     CLOSING = 6     # refused, or answered for the last time: our side is shut down, input is discarded  -> closed
 
 
 class Life(enum.IntEnum):
-    """Where a worker is, as the master sees it; from BOOTING on, as it knows itself, too."""
+    """Child.life, as the master sees it; Worker.life, from BOOTING on, as it knows itself. A death ends any."""
     VACANT = 0      # to be forked                    -> BOOTING (now, or after the back-off)
     BOOTING = 1     # loads the application           -> READY (it says "ready")
-    READY = 2       # loaded, accepts nothing         -> SERVING (the master says "go")
+    READY = 2       # loaded, accepts nothing         -> SERVING (the master says "go"), or DRAINING (a roll-back)
     SERVING = 3     # accepts                         -> DRAINING (the master orders it; it can ask: "leaving")
     DRAINING = 4    # finishes what it has begun      -> gone; its successor, if any, is there already
 
@@ -303,10 +302,11 @@ def load_application(config):
             if not callable(application):
                 raise TypeError(f"{application!r} is not callable")
         return application
-    except (LookupError, ImportError, AttributeError, TypeError, ValueError, OSError, configparser.Error) as error:
-        names = " ".join(frame.f_globals.get("__name__", "?") for frame, _ in traceback.walk_tb(error.__traceback__))
-        if not re.search(rf"(^| )({__name__}|pkgutil|configparser|(paste|logging)[.]\S+)( importlib\S*)*$", names):
-            raise       # the application's, and not one of its loaders'
+    except Exception as error:
+        names = "".join(f" {frame.f_globals.get('__name__')}" for frame, _ in traceback.walk_tb(error.__traceback__))
+        loaders = rf"( {__name__}| pkgutil| configparser| (importlib|logging|paste)(\.\S+)?)+"
+        if isinstance(error, SyntaxError) or not re.fullmatch(loaders, names):
+            raise       # the application's own code was at work
         raise ConfigError(f"{config.ini.path}: {place}: {reason_of(error, short=False)}") from None
 
 
@@ -375,8 +375,7 @@ def open_listeners(binds, adopted, listeners):
 
 
 def close_listeners(listeners):
-    """In the master. The file of a unix socket goes first, so that nobody connects any more. shutdown() would end it in
-    the workers, too; after close() their copies stay, and the clients that are queued."""
+    """In the master: the workers' copies, and who is queued, stay after close(). (shutdown() would end them, too.)"""
     for listener in listeners:
         with contextlib.suppress(OSError):
             if listener.file and os.path.samestat(listener.file, os.stat(listener.getsockname())):
@@ -407,8 +406,7 @@ def comes_in_time(source, event, seconds):
 
 
 class Bell:
-    """A pipe that wakes a selector, rung by signals and by threads; which signals came is a list.
-    The byte only wakes: a pipe full of HUPs would drop the byte of a TERM, but not its place in the list."""
+    """A pipe that wakes a selector. Which signals came is a list: a pipe full of HUPs would drop the byte of a TERM."""
 
     def __init__(self):
         self.rung: list = []
@@ -438,7 +436,7 @@ class Line:
         self.sock, self.pending, self.ended, self.fileno = sock, b"", False, sock.fileno
 
     def say(self, *words):
-        with contextlib.suppress(OSError):      # the other side is gone, and hear() tells
+        with contextlib.suppress(OSError):      # the other side is gone, and hear() tells; or reads none of 200 KB
             self.sock.sendall(json.dumps(words).encode() + b"\n")
 
     def hear(self):
@@ -454,10 +452,10 @@ class Line:
 
 
 class Scoreboard:
-    """What the workers of all generations do: memory that they share, with a slot for each, which it alone writes while
-    it lives. A slot is a JSON object (2 KB with 8 waits of 60 characters), or null, filled with NULs."""
+    """Memory that all workers share. In its slot each tells what it does: a JSON object of up to 2 KB, or null."""
     SLOTS, SIZE = 1024, 4096
     memory = mmap.mmap(-1, SLOTS * SIZE)
+    loads = memoryview(mmap.mmap(-1, SLOTS * 4)).cast("I")      # by slot: open connections, and 1; 0: accepts none
 
     def write(self, slot, facts):
         self.memory[slot * self.SIZE:(slot + 1) * self.SIZE] = json.dumps(facts).encode().ljust(self.SIZE, b"\0")
@@ -580,7 +578,7 @@ def parse_line(line):
     return match.groups()
 
 
-@functools.lru_cache(maxsize=128)       # and parse_fields: a client repeats itself, one way or the other
+@functools.lru_cache(maxsize=128)       # a client repeats its head or, if only the path changes, its fields (above)
 def parse_head(head):
     """A head, without its empty line -> Request (RFC 9112, PEP 3333). Raises Refusal."""
     line, _, block = head.partition(b"\r\n")
@@ -593,7 +591,7 @@ def parse_head(head):
     fields, *framing = parse_fields(block, minor != "0")
     host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
     path, _, query = target.partition("?")
-    path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")     # OPTIONS *
+    path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")   # no path
     environ = {**fields, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
                "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if minor != "0" else "HTTP/1.0"}
     return Request(escaped(line.decode()), environ, *framing, minor != "0")
@@ -641,7 +639,7 @@ class Connection:
             end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
             if not 0 <= end <= MAX_HEAD - 4:
                 if self.buffer in (b"", b"\r"):     # an empty line is no request
-                    return min(self.state, IDLE)
+                    return min(self.state, IDLE)    # NEW stays NEW
                 self.look()
                 return READING
             self.request = parse_head(self.buffer[:end + 2])
@@ -661,8 +659,7 @@ class Connection:
 
 
 class Body(io.RawIOBase):
-    """A request body as it comes off the connection (RFC 9112 sections 6 and 7.1): wsgi.input, but for the buffering.
-    Every read raises Refusal, once it is malformed, too long, cut short, or nothing came for io_timeout seconds."""
+    """A body as it comes off the connection (RFC 9112 sections 6 and 7.1). After a Refusal each read raises it anew."""
     size = extensions = 0       # bytes in the chunks, and in their extensions, so far
     refusal: Any = None
 
@@ -671,7 +668,7 @@ class Body(io.RawIOBase):
         request = self.connection.request
         self.chunked = request.length is None       # and the last chunk has not come
         self.left = request.length or 0             # bytes of it, or of its chunk, that are not read
-        self.invites = request.expect and not self.connection.buffer
+        self.owes_100 = request.expect and not self.connection.buffer
 
     def readable(self):
         return True
@@ -718,13 +715,12 @@ class Body(io.RawIOBase):
 
     def fill(self):
         """Wait for input, having invited it if need be."""
-        size = PIECE // 4 if self.chunked else PIECE    # each chunk, and it may be one byte, moves what is behind it
+        size = PIECE // 4 if self.chunked else PIECE    # to take a chunk of it, even of a byte, copies what is behind
         while (came := self.connection.receive(size)) is None:
-            if self.invites and not self.exchange.head_sent:
+            if self.owes_100 and not self.exchange.head_sent:
                 self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.invites = False
-            here = comes_in_time(self.connection.sock, select.POLLIN, self.config.io_timeout)
-            refuse_if(not here, 408, "the body took too long to arrive")
+            self.owes_100 = False
+            refuse_if(not comes_in_time(self.connection.sock, select.POLLIN, self.config.io_timeout), 408, "slow body")
         refuse_if(not came, 400, "the body was cut short")
 
     def what_follows(self):
@@ -744,7 +740,7 @@ def begin_head(status, headers, second):
     if not STATUS.fullmatch(status):
         raise ValueError(f"{status!r} is no status")
     ours = {"date": f"Date: {email.utils.formatdate(second, usegmt=True)}", "server": "Server: hupserve"}
-    lines, length, keep = [f"HTTP/1.1 {status:4}"], None, True      # the space is there without a reason, too
+    lines, length, keep = [f"HTTP/1.1 {status:4}"], None, True      # "200 ", where there is no reason
     for name, value in headers:
         lower = name.lower()
         if not re.fullmatch(TOKEN, name) or FORGED.search(value):
@@ -755,14 +751,14 @@ def begin_head(status, headers, second):
             length = int(value)
         elif lower == "connection":
             keep = keep and not re.search(r"\bclose\b", value, re.IGNORECASE)
-        elif not wsgiref.util.is_hop_by_hop(name) and lower != "trailer":       # it has it as "trailers"
+        elif not wsgiref.util.is_hop_by_hop(name) and lower != "trailer":       # wsgiref calls it "trailers"
             lines.append(f"{name}: {value}")
             ours.pop(lower, None)       # it gives its own
     return "\r\n".join([*lines, *ours.values()]).encode("latin-1"), length, keep
 
 
 class Exchange(socketserver.BaseRequestHandler):
-    """One request and its response, in a thread. socketserver calls the connection request, and the worker server."""
+    """One request and its response, in a thread. What socketserver calls request is a Connection; server, a Worker."""
     status = ""                         # of the response, as the application gave it
     left: Optional[int] = None          # bytes of body that its Content-Length still allows
     sent = 0                            # bytes of body
@@ -784,7 +780,7 @@ class Exchange(socketserver.BaseRequestHandler):
             if not self.head_sent or self.left != 0:        # else the answer is whole, and another may follow
                 self.fail(Refusal(500, "the application failed"))
         if self.body and self.keep:
-            self.body.readall()
+            self.body.readall()     # what was not read: it is all here, what_follows() has seen to that
         connection.keep, connection.linger = self.keep, request.keep or bool(self.body) or self.sent > PIECE
         if config.access_log != "off":
             log_access(connection, self.status[:3], self.sent)
@@ -837,7 +833,7 @@ class Exchange(socketserver.BaseRequestHandler):
             self.keep = False
         if no_body:
             self.left = 0
-        if self.keep:       # in a drain, too, if more is here already: that is answered, too
+        if self.keep:       # in a drain only for what is here already: that is answered, too
             behind = self.body.what_follows() if self.body else connection.buffer
             self.keep = behind is not None and (self.server.life != DRAINING or bool(behind or connection.receive()))
         self.head_sent = True
@@ -910,16 +906,15 @@ def escaped(text):
 
 # ---- The worker: its loop first, then orders, accept, read, dispatch, take back, close --------------
 class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
-    """Its main thread alone registers, unregisters and closes sockets: were a thread to close one, its descriptor could
-    be another connection's before the selector hears of it. From dispatch() to take_back() a connection is a thread's,
-    who alone reads and writes it; the in-flight counter, which the main thread alone writes, counts these."""
+    """Its main thread alone registers and closes sockets: were a thread to close one, its descriptor could be another
+    connection's before the selector hears of it. From dispatch() to take_back() one thread reads and writes it."""
     application: Any = None             # once it is loaded
     life = BOOTING
     accepting = False                   # are the listeners registered?
-    in_flight = 0                       # requests that are with a thread
+    in_flight = 0                       # requests from dispatch() to take_back(); the main thread alone counts
     count = served = threads = 0        # connections open, requests answered, threads started
-    accept_at = report_at = 0.0         # not before these times
-    give_up_at = explain_at = FOREVER   # of a drain
+    now = accept_at = polite_at = thread_at = report_at = 0.0       # the time; not before these
+    give_up_at = explain_at = FOREVER   # of a drain, once the master has ordered it
     facts: dict = {}                    # as last reported
 
     def __init__(self, generation, number, slot, line, bell):
@@ -931,14 +926,12 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         first, kept, body = self.config.header_timeout, self.config.keepalive_timeout, self.config.io_timeout
         self.limits = [first, kept, first, body, FOREVER, FOREVER, LINGER]      # seconds, at most, in each State
         self.rooms: list = [{} for _ in State]              # the connections in each, the longest there first
-        self.jobs: collections.deque = collections.deque()          # handed to the threads
-        self.returned: collections.deque = collections.deque()      # handed back by them
+        self.jobs, self.returned = collections.deque(), collections.deque()     # handed to the threads; handed back
         self.sleeping: list = []                            # the gates of the threads that have nothing to do
-        self.now = time.monotonic()
         self.selector = selectors.DefaultSelector()         # key.data: what is to be called
         self.selector.register(bell, selectors.EVENT_READ)
         self.selector.register(line, selectors.EVENT_READ, self.hear)
-        self.still = threading.RLock()      # the main thread has it, but in wait(): there others may fork
+        self.still = threading.RLock()      # the main thread lets go of it in wait() alone: only there may others fork
         os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self.disown)
 
     def run(self):
@@ -957,15 +950,16 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.dispatch()
             self.explain()
             self.report()
+        self.still.release()
 
     def wait(self):
         """-> selector events. While there are jobs, it first leaves the interpreter's lock to the thread that was woken
         for all, until it rings or a millisecond is over. Then dispatch() wakes another: the first may be stuck."""
         self.still.release()
         if self.jobs:
-            comes_in_time(self.bell, select.POLLIN, 0.001 if self.now >= self.accept_at else PAUSE)
-        due = [when for when in (self.accept_at, self.report_at, self.explain_at, self.give_up_at) if when > self.now]
-        due += [next(iter(room)).deadline for room in self.rooms if room]
+            comes_in_time(self.bell, select.POLLIN, 0.001 if self.now >= self.thread_at else PAUSE)
+        timers = self.accept_at, self.polite_at, self.report_at, self.explain_at, self.give_up_at
+        due = [when for when in timers if when > self.now] + [next(iter(room)).deadline for room in self.rooms if room]
         # In this order: a thread hands back before it takes its next job, so that one of the two is seen.
         events = self.selector.select(0 if self.jobs or self.returned else min(min(due) - time.monotonic(), 3600))
         self.still.acquire()
@@ -1024,20 +1018,19 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.drain(self.generation.listeners.keys() - self.generation.borrowed, self.config.idle_grace)
 
     def drain(self, dropped, grace):
-        """Accept no more, finish what has begun. dropped: addresses that nobody takes over: close() would reset who is
-        queued there. grace: seconds for the idle; a later order can shorten it."""
+        """dropped: addresses that nobody takes over: close() would reset who is queued. grace: seconds for the idle."""
         listened = self.life >= SERVING     # before "go" perhaps nobody did, and accept() would fail for ever
         self.life = DRAINING
-        if self.explain_at == FOREVER:      # the first order
+        if self.explain_at == FOREVER:      # a later order only shortens the grace
             self.explain_at = self.now + DRAIN_REPORT
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
-        self.stop_accepting()
-        for listener, (text, _) in list(self.listeners.items()):
-            if listened and text in dropped:
-                listener.turn_away()
-            else:
-                self.listeners.pop(listener)
-                listener.close()
+            self.stop_accepting()
+            for listener, (text, _) in list(self.listeners.items()):
+                if listened and text in dropped:
+                    listener.turn_away()
+                else:
+                    self.listeners.pop(listener)
+                    listener.close()
         for state in (NEW, IDLE):
             self.limits[state] = min(self.limits[state], grace)
             for connection in self.rooms[state]:
@@ -1058,8 +1051,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         return self.in_flight < self.config.threads and (
             self.count < self.config.connections or self.rooms[NEW] or self.rooms[IDLE])
 
-    def accept(self, listener):
-        """A few at a time, if there are threads free: of many that come at once the other workers get their share."""
+    def accept(self, listener, polite=False):
+        """A few at a time, if there are threads free: of many that come at once the other workers get their share. The
+        polite, where one of these has fewer connections, leave them to it for a millisecond."""
+        fewest = min(filter(None, scoreboard.loads[:2 * self.config.workers]), default=FOREVER)
+        if polite and self.count > fewest + 2:
+            self.polite_at = self.now + 0.001
+            return self.stop_accepting()
         for _ in range(max(1, (self.config.threads - self.in_flight - len(self.rooms[WAITING])) // 4)):
             if not self.may_accept():
                 return self.stop_accepting()
@@ -1068,10 +1066,12 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def resume_accepting(self):
         """As soon as a thread is free, and before dispatch() takes it: else kept clients could starve the newcomers."""
-        if self.life == SERVING and not self.accepting and self.now >= self.accept_at and self.may_accept():
+        scoreboard.loads[self.slot] = self.count + 1 if self.life == SERVING else 0
+        may = self.life == SERVING and self.now >= max(self.accept_at, self.polite_at) and self.may_accept()
+        if may and not self.accepting:
             self.accepting = True
             for listener in self.listeners:
-                self.selector.register(listener, selectors.EVENT_READ, functools.partial(self.accept, listener))
+                self.selector.register(listener, selectors.EVENT_READ, functools.partial(self.accept, listener, True))
             for listener in self.listeners:
                 self.accept(listener)
 
@@ -1081,7 +1081,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.accepting = False
 
     def admit(self, listener):
-        """Accept a client -> was there one?"""
+        """Accept a client -> is it worth another try at once?"""
         try:
             sock, address = listener.accept()
             sock.setblocking(False)
@@ -1090,10 +1090,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         except WOULD_BLOCK:
             return False        # another worker was faster
         except OSError as error:
-            # Without a descriptor to be had accept() fails also when nobody is queued.
-            if error.errno in EXHAUSTED and comes_in_time(listener, select.POLLIN, 0):
-                return self.evict(PAUSE) or self.pause(error)
-            return error.errno not in EXHAUSTED     # or that client is gone again
+            return error.errno not in EXHAUSTED or self.make_room(listener, error)      # or that client is gone again
         while self.count >= self.config.connections and self.life == SERVING and self.evict():
             pass
         self.accept_at, self.count = 0.0, self.count + 1
@@ -1104,12 +1101,15 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.read(connection)   # often its request is there already, and there is no need to register it
         return True
 
-    def pause(self, error):
-        """Out of descriptors, memory or threads: no spin."""
-        if not self.accept_at:
-            log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
-        self.accept_at = self.now + PAUSE
-        self.stop_accepting()
+    def make_room(self, listener, error):
+        """Out of descriptors or memory -> is there one now for who is queued? If not, a pause, not a spin."""
+        queued = comes_in_time(listener, select.POLLIN, 0)      # accept() fails so when nobody is, too
+        if queued and not self.evict(PAUSE):
+            if not self.accept_at:
+                log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
+            self.accept_at = self.now + PAUSE
+            self.stop_accepting()
+        return queued and self.now >= self.accept_at
 
     def base(self, listener):
         """-> the part of the environ that is the same for all requests of a listener."""
@@ -1159,7 +1159,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             state = connection.take_request(self.config.max_body)
         except Refusal as refusal:
             return self.refuse(connection, refusal)
-        if state != connection.state or state == RECEIVING or not connection.registered:    # else it gets no more time
+        if state != connection.state or state == RECEIVING or not connection.registered:    # io_timeout starts anew
             self.move(connection, state)
 
     def refuse(self, connection, refusal):
@@ -1180,12 +1180,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.jobs.append(connection)
         if self.jobs and self.sleeping:
             self.sleeping.pop().release()
-        elif self.jobs and self.threads < self.config.threads and self.now >= self.accept_at:
+        elif self.jobs and self.threads < self.config.threads and self.now >= self.thread_at:
             try:
                 threading.Thread(target=self.work, daemon=True, name=f"request-{self.threads}").start()
                 self.threads += 1
             except RuntimeError as error:       # those there are go on
-                self.pause(error)
+                log.error("%s; trying again in %g s", error, PAUSE)
+                self.thread_at = self.now + PAUSE
 
     def work(self):
         """In a thread: one job after another. To start a thread for each would cost more than most of them do."""
@@ -1200,10 +1201,10 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             else:
                 self.process_request_thread(connection, connection.client)  # Exchange.handle(), shutdown_request()
 
-    def shutdown_request(self, request):
-        """In a thread: the connection goes back. The main thread hears of a batch at once."""
-        self.returned.append(request)
-        if not self.jobs:
+    def shutdown_request(self, connection):
+        """In a thread: it goes back. The main thread hears of a batch at once, early enough to be awake in time."""
+        self.returned.append(connection)
+        if len(self.jobs) < 2:
             self.bell.writer.write(b"!")    # None, if the pipe is full: it wakes anyway
 
     def take_back(self):
@@ -1222,8 +1223,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # Close, and expire
     def close(self, connection, linger=False):
-        """linger: shut only the sending side, and discard what still comes: closing a socket with unread input sends a
-        reset, which can overtake the answer (RFC 9112 section 9.6)."""
+        """linger: discard what still comes: a close with input unread is a reset, which can overtake the answer."""
         if connection.tls:      # close_notify: without it what was sent could have been cut short by anybody
             with contextlib.suppress(OSError, ValueError):
                 connection.sock.unwrap()
@@ -1248,7 +1248,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         return bool(idle)
 
     def expire(self):
-        """End what is due. Of the idle, each is read once more just before, so that hardly a request is missed."""
+        """End what is due. Who is idle is read once more just before: what risk remains, see RFC 9112 section 9.5."""
         for room in self.rooms:
             while room and next(iter(room)).deadline <= self.now:
                 connection = next(iter(room))
@@ -1261,8 +1261,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     # When the application forks, as multiprocessing does
     def before_fork(self):
-        """Not while a socket is just accepted, or between two rooms: the child would keep it open. And a TERM to the
-        child has to wait until disown() is done."""
+        """Not while a socket is in no room: the child would keep it. A TERM to that has to wait for disown()."""
         self.still.acquire()
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
 
@@ -1271,14 +1270,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.still.release()
 
     def disown(self):
-        """In the child: it must not hold clients' connections open, nor the listeners, nor answer to our signals. Once:
-        in its own children the descriptors may be something else."""
-        if self.bell:
+        """In the child: it must hold no connection or listener open, nor answer to our signals."""
+        if self.bell:       # once: in its own children the descriptors may be something else
             for each in (self.line.sock, self.selector, self.bell.reader, self.bell.writer, *self.listeners,
                          *(connection.sock for room in self.rooms for connection in room)):
                 each.close()
             self.bell = None
-            self.jobs.clear()       # if the child leaves by an exception, its thread comes by here
+            self.jobs.clear()       # if its copy of a request ends by an exception, it is back in work()
             signal.set_wakeup_fd(-1)
             for signum in MASTER_SIGNALS:
                 signal.signal(signum, signal.SIG_DFL)
@@ -1332,7 +1330,7 @@ class Child:
         self.generation, self.number, self.life = generation, number, VACANT
         self.deaths, self.fork_at = deaths, fork_at                 # in a row, before it; when it may be forked
         self.pid, self.line, self.slot, self.born = 0, None, 0, 0.0     # born: forked, then ready, in monotonic s
-        self.said: dict = {}        # on its line: {"ready": [], "leaving": [], "failed": [exit status, reason]}
+        self.said: dict = {}        # or said of it: {"ready": [], "leaving": [], "failed": [exit status, reason]}
 
     def hear(self):
         self.said.update((word, rest) for word, *rest in self.line.hear())
@@ -1341,10 +1339,10 @@ class Child:
 
     def successor(self, now):
         """-> the one that takes its place, after the back-off."""
-        deaths = 0 if self.life >= SERVING and now - self.born > STEADY else self.deaths
-        heir = Child(self.generation, self.number, deaths + 1, now + BACK_OFF[min(deaths, len(BACK_OFF) - 1)])
-        self.generation.children[self.number] = heir
-        return heir
+        deaths = 0 if "leaving" in self.said or self.life >= SERVING and now - self.born > STEADY else self.deaths
+        child = Child(self.generation, self.number, deaths + 1, now + BACK_OFF[min(deaths, len(BACK_OFF) - 1)])
+        self.generation.children[self.number] = child
+        return child
 
 
 class Generation:
@@ -1360,9 +1358,9 @@ class Generation:
 
 class Master:
     """Owns listeners and workers; sits in one poll() all its life."""
-    hup = stopping = False      # a SIGHUP waits to be obeyed; a stop has been
+    hup = stopping = False      # a SIGHUP waits to be obeyed; a stop was ordered
     fork_at = 0.0               # after a fork that failed: not before this time
-    terminal: Any = None        # the one that it was started on
+    terminal: Any = None        # /dev/tty, where it was started on one: no tty any more, when that has hung up
 
     def __init__(self, config):
         self.status = 0 if config.listen else 2     # to exit with; --check (no address): 2, unless it succeeds
@@ -1380,7 +1378,7 @@ class Master:
     def run(self):
         """-> exit status. Each step looks at what is and does what is due; only wait() waits."""
         while self.children or not self.stopping:
-            self.wait()     # it hears the workers before obey(): a signal to all is to be our order, not their wish
+            self.wait()     # it hears "leaving" before obey() hears TERM: of a TERM to all ours has come then, and wins
             self.obey()     # before reap(): the bell is silenced first, so that a death after this rings it anew
             self.reap()
             self.advance()
@@ -1430,6 +1428,7 @@ class Master:
         child.hear()        # its last words
         child.line.sock.close()
         scoreboard.write(child.slot, None)
+        scoreboard.loads[child.slot] = 0
         end = f"worker {child.number} (pid {child.pid}) ended with {'status' if code >= 0 else 'signal'} {abs(code)}"
         status, reason = child.said.get("failed", (1, end))
         if child.generation is self.upcoming:
@@ -1479,17 +1478,19 @@ class Master:
         if not new.config.listen:       # --check
             return self.roll_back(f"{new.config.ini.path}: good", 0)
         try:
-            claim_pidfile(new.config.pidfile)
+            claim_pidfile(text := new.config.pidfile)
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
+                    if listener.file and text not in old.listeners and os.stat(text[5:]).st_ino != listener.file.st_ino:
+                        raise OSError(errno.EADDRINUSE, "another master has taken its place")
                     listener.listen(new.config.backlog)
             use_logs(new.config)
         except OSError as error:
-            key = "pidfile" if error.filename == new.config.pidfile else "log_file" if error.filename else "listen"
-            place = f"{new.config.ini.path}: [server:main] {key}: {error.filename or text}"
-            return self.roll_back(f"{place}: {reason_of(error)}")
+            name = error.filename or text
+            key = "pidfile" if name == new.config.pidfile else "log_file" if error.filename else "listen"
+            return self.roll_back(f"{new.config.ini.path}: [server:main] {key}: {name}: {reason_of(error)}")
         self.current = new
-        self.tend()     # says "go"; no place is vacant
+        self.tend()     # "go" to the new, before settle() says "drain" to the old
         self.settle(new, old)
         workers = f"{new.config.workers} worker{'s' * (new.config.workers > 1)}"
         if not old.number:      # the first line says the port even where the system has chosen it
@@ -1509,8 +1510,8 @@ class Master:
             self.stopping, self.status = True, tell(reason, status and max(status, self.status))
 
     def settle(self, heir, *others):
-        """Close what only the others have, then tell their workers. In this order: they let in whoever is queued at an
-        address and close its last copy; were ours still open, more would queue there, to be reset by its close."""
+        """Close what only the others have, then tell their workers: these let in whoever is queued at an address, and
+        close its last copy. Were the master's still open, more would queue there, to be reset by its close."""
         self.current, self.upcoming = heir, None
         for generation in filter(None, others):
             dropped = generation.listeners.keys() - heir.listeners.keys()
@@ -1591,10 +1592,10 @@ class Master:
 def claim_pidfile(path):
     """OSError: it cannot be written, or names a living process that is not this one."""
     with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError, OverflowError), open(path) as file:
-        if (pid := int(file.read())) != os.getpid():
-            os.getpgid(pid)     # ProcessLookupError: it is dead
-            raise FileExistsError(errno.EEXIST, f"it names process {pid}, which is alive", path)
-        return      # were it rewritten, somebody could find it empty
+        if (pid := int(file.read(32))) == os.getpid():
+            return      # were it rewritten, somebody could find it empty
+        os.getpgid(pid or -1)       # ProcessLookupError: it is dead
+        raise FileExistsError(errno.EEXIST, f"it names process {pid}, which is alive", path)
     with open(path or os.devnull, "w") as file:
         print(os.getpid(), file=file)
 
@@ -1616,8 +1617,7 @@ th, td { padding: .3em .6em; border-bottom: 1px solid #8886; text-align: left; w
 <script>setInterval(async () => {
   const page = await fetch("").then(response => response.text()).catch(() => "")
   document.querySelector("main").innerHTML = page.split(/<.?main>/)[1] || "Nobody answers."
-}, 500)</script>
-"""
+}, 500)</script>"""
 
 
 def status_filter(global_conf, path="/status", greeting=""):
