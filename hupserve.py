@@ -1602,7 +1602,7 @@ def claim_pidfile(path):
 
 def release_pidfile(path):
     with contextlib.suppress(OSError, ValueError), open(path) as file:
-        if int(file.read()) == os.getpid():     # if not, it has become another master's
+        if int(file.read(32)) == os.getpid():     # if not, it has become another master's
             os.unlink(path)
 
 

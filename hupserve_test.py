@@ -517,7 +517,7 @@ def do_hold(environ, start_response):
         time.sleep(0.01)
     return echo(environ, start_response)
 def do_nap(environ, start_response):
-    time.sleep(0.02)
+    time.sleep(float(environ["QUERY_STRING"] or 0.02))
     return echo(environ, start_response)
 def do_spoil(environ, start_response):
     """It answers with what it was given, and leaves nothing of that as it was."""
@@ -718,6 +718,24 @@ def faulty_start(thread):
 os.fork, os._exit, os.waitpid, threading.Thread.start = faulty_fork, faulty_leave, faulty_waitpid, faulty_start
 """  # a sitecustomize: forks and threads that fail, a TERM in a child's first moment, deaths that are seen late
 BROKEN = "raise RuntimeError('this application does not import')\n"
+OWN_FILE = "import configparser\ndef factory(global_conf, **settings):\n    configparser.ConfigParser()['nosuch']\n"
+FORKING = """
+import atexit, os, queue, threading
+jobs = queue.Queue()
+def work():
+    while jobs.get():
+        pid = os.fork()
+        if not pid:
+            os._exit(0)
+        os.waitpid(pid, 0)
+thread = threading.Thread(target=work, daemon=True)
+thread.start()
+def end():
+    for job in (True, True, False):
+        jobs.put(job)
+    thread.join()
+atexit.register(end)
+"""  # a thread that forks, even while the interpreter exits
 
 
 # ==== the invariants =================================================================================================
@@ -1220,6 +1238,11 @@ def test_12_an_applications_children_keep_none_and_block_nothing(serve):
         assert held.answer().status == idle.get().status == 200
 
 
+def test_12_nor_does_a_fork_wait_for_a_worker_that_leaves(serve):
+    """Guards: the lock that keeps forks away from a half-done accept is let go of at the end."""
+    serve(code=FORKING + APPLICATION).stop()
+
+
 def test_13_out_of_descriptors_is_a_pause_and_never_a_spin(serve):
     """Guards: accept's EMFILE is answered by a pause. 48 descriptors, 200 clients."""
     server = serve(prefix=["sh", "-c", 'ulimit -n 48; exec "$@"', "sh"], header_timeout=120)
@@ -1241,6 +1264,18 @@ def test_13_out_of_descriptors_is_a_pause_and_never_a_spin(serve):
         for client in clients[150:]:
             assert client.send(b"st: test\r\n\r\n").answer().status == 200
     assert server.get().status == 200 and server.others() == pids
+
+
+def test_13_nor_does_it_keep_a_request_from_its_thread(serve):
+    """Guards: accept's pause is no pause of the threads."""
+    server = serve(workers=1, header_timeout=120, prefix=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()).send(b"GET /nap?2 HTTP/1.1\r\nHo") for _ in range(90)]
+        server.wait_log("open files")
+        for client in clients[:6]:
+            client.send(b"st: test\r\n\r\n")
+        until(lambda: len(os.listdir(f"/proc/{min(server.workers())}/task")) >= 7, "six requests in flight")
+        assert {client.answer().status for client in clients[:6]} == {200}
 
 
 def test_13_nor_is_it_a_reset_of_those_who_are_queued_at_a_stop(serve):
@@ -1559,6 +1594,8 @@ MISTAKES = [  # replace this, by that, and the line that says so contains these
     ("hello", "100%", "app:main", "greeting"),
     ("hello", "%(nosuch)s", "app:main", "greeting", "nosuch"),
     ("hello", "hello\n[loggers]\nkeys = root", "loggers"),
+    ("hello", f"hello{LOGGERS.replace('%(here)s', '/nosuch')}", "[loggers]", "/nosuch/own.log"),
+    ("hello", f"hello{LOGGERS.replace('level = INFO', 'level = LOUD')}", "[loggers]", "LOUD"),
     ("[server:main]", "listen = 127.0.0.1:0\n[server:main]", "line", "listen"),
     ("[server:main]", "[server:main", "line"),
     ("hello", "\udcff\udcfe", "utf-8"),
@@ -1620,11 +1657,12 @@ def test_a_mistake_in_the_command_line(folder):
 def test_an_applications_mistake_is_told_with_its_traceback(folder):
     """Always the traceback for the application's mistake: where else would its author find it?"""
     (folder / "good.ini").write_text(GOOD)
-    (folder / "app.py").write_text(BROKEN)
-    for arguments, status in (["--check"], 2), ([], 1):
-        stop = run(*arguments, folder / "good.ini", cwd=folder)
-        assert stop.returncode == status, stop
-        assert "RuntimeError: this application does not import" in stop.stderr and 'app.py", line 1' in stop.stderr
+    for code, text, line in (BROKEN, "RuntimeError: this application does not import", 1), (OWN_FILE, "nosuch", 3):
+        (folder / "app.py").write_text(code)
+        for arguments, status in (["--check"], 2), ([], 1):
+            stop = run(*arguments, folder / "good.ini", cwd=folder)
+            assert stop.returncode == status, stop
+            assert "Traceback" in stop.stderr and text in stop.stderr and f'app.py", line {line}' in stop.stderr
 
 
 # ==== the signals ====================================================================================================
@@ -1680,6 +1718,20 @@ def test_signal_INT_does_not_wait_for_idle_browsers(serve):
         browser.get()
     server.stop(SIGINT)
     assert all(browser.ended() for browser in browsers)
+
+
+def test_signal_INT_answers_who_is_queued(serve):
+    """Guards: the second order, which takes the grace away, leaves the queue of the first alone."""
+    server = serve(workers=1, threads=1)
+    held = server.hold("held")
+    queued = [server.connect() for _ in range(5)]
+    for client in queued:
+        client.request("GET", "/queued")
+    server.signal(SIGINT)
+    until(lambda: told(held.worker))
+    server.release("held")
+    assert {client.answer().status for client in [held, *queued]} == {200}
+    assert server.process.wait(DEADLINE) == 0
 
 
 def test_signal_INT_to_the_whole_group_waits_for_what_is_in_flight(serve):
@@ -2321,8 +2373,18 @@ def test_operator_unix_sockets(serve, folder):
     assert server.get(address=path).status == 200, "the refused one has not taken it away"
     server.reload(listen=f"unix:{other}")
     until(lambda: not path.exists())
+    server.write_app(GATE + APPLICATION)
+    server.release("gate")
+    server.write(listen=f"unix:{other} unix:{path}")
+    server.signal()
+    until(path.exists, "the reload, in which it is bound")
+    with shared_server(listen=f"unix:{path}") as another:
+        (folder / "gate").unlink()
+        server.wait_log("rolled back: .*another master")
+        assert another.get(address=path).json["pid"] in another.workers()
+    server.write_app(APPLICATION)
     other.unlink()  # by some cleaner of folders: that is no reason to refuse all further reloads
-    server.reload()
+    server.reload(listen=f"unix:{other}")
     server.stop()
     assert not other.exists()
 
@@ -2443,6 +2505,7 @@ def test_operator_pidfile(serve, folder):
     assert run(folder / "second.ini", cwd=folder).returncode in (1, 2)
     assert server.get(address=path).status == 200, "the refused one has touched nobody's socket"
     assert moved.read_text().strip() == str(server.pid)
+    server.reload(refused="File too large|No space|pidfile", pidfile="/dev/full")
     server.stop()
     assert not moved.exists()
 
