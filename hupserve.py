@@ -78,7 +78,7 @@ log = logging.getLogger("hupserve")
 access_log = logging.getLogger("hupserve.access")
 
 
-# ---- Words: the states, each listed once, and who moves what on which event ------------------------
+# ---- Words: the states of a connection and of a worker (a reload's: Generation), and who moves what ----
 class State(enum.IntEnum):
     """Where a connection is (Worker.move()). Its deadline or its client's end ends it, but in WAITING and IN_FLIGHT."""
     NEW = 0         # nothing of a first request has come (nor all of a TLS handshake)

@@ -2279,6 +2279,18 @@ def test_slow_the_longest_idle_connection_makes_room(serve):
             assert client.get().status == 200
 
 
+def test_slow_newcomers_go_to_the_worker_with_the_fewest_connections(serve):
+    """Guards: who has more leaves them to the others for a moment, or who is awake could take nearly all of a burst."""
+    server = serve(workers=2)
+
+    def shares():
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(server.connect()) for _ in range(60)]
+            return collections.Counter(client.get().json["pid"] for client in clients).values()
+
+    assert any(max(shares()) <= 40 for _ in range(5))  # of five bursts: the machine may be busy with something else
+
+
 def test_slow_newcomers_are_not_starved_by_kept_connections(serve):
     """One new connection is accepted each time a thread comes free, before a waiting one gets it."""
     server = serve(workers=1, threads=2)
