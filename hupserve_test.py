@@ -2282,10 +2282,17 @@ def test_slow_the_longest_idle_connection_makes_room(serve):
 def test_slow_newcomers_go_to_the_worker_with_the_fewest_connections(serve):
     """Guards: who has more leaves them to the others for a moment, or who is awake could take nearly all of a burst."""
     server = serve(workers=2)
+    early, late = server.workers()
 
     def shares():
         with contextlib.ExitStack() as stack:
+            for worker in early, late:
+                os.kill(worker, signal.SIGSTOP)
             clients = [stack.enter_context(server.connect()) for _ in range(60)]
+            before = len(descriptors(early))
+            os.kill(early, signal.SIGCONT)
+            until(lambda: len(descriptors(early)) > before, "one to accept")
+            os.kill(late, signal.SIGCONT)
             return collections.Counter(client.get().json["pid"] for client in clients).values()
 
     assert any(max(shares()) <= 40 for _ in range(5))  # of five bursts: the machine may be busy with something else
