@@ -606,8 +606,7 @@ class Connection:
     buffer = b""                # what has arrived and is not used yet
     scanned = 0                 # bytes of the buffer in which no end of a head was found
     request: Any = None         # a Request, once its head is complete
-    keep = False                # the exchange's decision
-    linger = True               # may its client still be sending when it is closed?
+    keep, linger = False, True  # the exchange's decision; may its client still be sending when it is closed?
 
     def __init__(self, sock, client, base, tls):        # base: the part of the environ that all its requests have
         self.sock, self.client, self.base, self.tls = sock, client, base, tls
@@ -782,6 +781,7 @@ class Exchange(socketserver.BaseRequestHandler):
         if self.body and self.keep:
             self.body.readall()     # what was not read: it is all here, what_follows() has seen to that
         connection.keep, connection.linger = self.keep, request.keep or bool(self.body) or self.sent > PIECE
+        self.body = None        # it knows this exchange: a cycle, and 64 KiB in its buffer
         if config.access_log != "off":
             log_access(connection, self.status[:3], self.sent)
 
