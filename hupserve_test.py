@@ -517,7 +517,10 @@ def do_hold(environ, start_response):
         time.sleep(0.01)
     return echo(environ, start_response)
 def do_nap(environ, start_response):
-    time.sleep(float(environ["QUERY_STRING"] or 0.02))
+    time.sleep(0.02)
+    return echo(environ, start_response)
+def do_sleep(environ, start_response):
+    time.sleep(float(environ["QUERY_STRING"]))
     return echo(environ, start_response)
 def do_spoil(environ, start_response):
     """It answers with what it was given, and leaves nothing of that as it was."""
@@ -1270,7 +1273,7 @@ def test_13_nor_does_it_keep_a_request_from_its_thread(serve):
     """Guards: accept's pause is no pause of the threads."""
     server = serve(workers=1, header_timeout=120, prefix=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.connect()).send(b"GET /nap?2 HTTP/1.1\r\nHo") for _ in range(90)]
+        clients = [stack.enter_context(server.connect()).send(b"GET /sleep?2 HTTP/1.1\r\nHo") for _ in range(90)]
         server.wait_log("open files")
         for client in clients[:6]:
             client.send(b"st: test\r\n\r\n")
