@@ -248,8 +248,7 @@ class Ini(configparser.ConfigParser):
         return Config(**values, parts=self.parts(), ini=self)
 
     def parts(self):
-        """-> what [app:main] or [pipeline:main] is made of, the outermost filter first: [(place, for messages;
-        module:attribute; the arguments and the settings to call it with)]. A WSGI callable has none."""
+        """-> what the application is made of, the outermost first: [(place, module:attribute, arguments, settings)]."""
         settings = self.own("pipeline:main") if "pipeline:main" in self else {"pipeline": "main"}
         names = settings.pop("pipeline", "").split()
         if not names:
@@ -351,8 +350,7 @@ class Listener(socket.socket):
 
 
 def open_listeners(binds, adopted, listeners):
-    """Append the Listeners of an address, adopted or bound. They do not listen before the commit, so that nobody is
-    queued on them and a roll-back resets nobody. OSError: what was opened so far is in the list."""
+    """Append an address's, which listen from the commit on: a roll-back resets nobody. OSError: some may be open."""
     for family, address in binds:
         given = adopted.get((family, address))
         listener = given.dup() if given else Listener(family)
@@ -765,7 +763,7 @@ class Exchange(socketserver.BaseRequestHandler):
 
     def handle(self):
         connection, request, config = self.request, self.request.request, self.server.config
-        connection.keep, self.keep = False, request.keep and config.keepalive_timeout > 0
+        connection.keep, self.keep = False, request.keep and config.keepalive_timeout > 0 and not self.server.pressed
         self.body = None if request.length == 0 else Body(self)
         given = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO()
         try:
@@ -910,7 +908,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     connection's before the selector hears of it. From dispatch() to take_back() one thread reads and writes it."""
     application: Any = None             # once it is loaded
     life = BOOTING
-    accepting = False                   # are the listeners registered?
+    accepting = pressed = False         # are the listeners registered? are we full, and is somebody queued?
     in_flight = 0                       # requests from dispatch() to take_back(); the main thread alone counts
     count = served = threads = 0        # connections open, requests answered, threads started
     now = accept_at = polite_at = thread_at = report_at = 0.0       # the time; not before these
@@ -1046,29 +1044,33 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 listener.close()
 
     # Accept
-    def may_accept(self):
-        """Is a thread free (if not, others get the newcomers), and a place, or somebody idle who makes one?"""
-        return self.in_flight < self.config.threads and (
-            self.count < self.config.connections or self.rooms[NEW] or self.rooms[IDLE])
+    def full(self):     # of those who are not idle, or were not a moment ago and may be about to speak
+        return self.count >= self.config.connections and not self.long_idle()
+
+    def long_idle(self):
+        """-> who has been idle longest among the new and among the kept ones, and for PAUSE seconds at least."""
+        firsts = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
+        return [connection for connection in firsts if connection.since <= self.now - PAUSE]
 
     def accept(self, listener, polite=False):
         """A few at a time, if there are threads free: of many that come at once the other workers get their share. The
-        polite, where one of these has fewer connections, leave them to it for a millisecond."""
+        polite, where one of these has fewer connections, leave them to it for a moment; the full leave them queued."""
         fewest = min(filter(None, scoreboard.loads[:2 * self.config.workers]), default=FOREVER)
-        if polite and self.count > fewest + 2:
+        self.pressed = polite and self.full()
+        if self.pressed or polite and self.count > fewest + 2:
             self.polite_at = self.now + 0.001
             return self.stop_accepting()
         for _ in range(max(1, (self.config.threads - self.in_flight - len(self.rooms[WAITING])) // 4)):
-            if not self.may_accept():
+            if self.in_flight >= self.config.threads:       # the other workers get them
                 return self.stop_accepting()
-            if not self.accepting or not self.admit(listener):
+            if not self.accepting or self.full() or not self.admit(listener):
                 return
 
     def resume_accepting(self):
         """As soon as a thread is free, and before dispatch() takes it: else kept clients could starve the newcomers."""
         scoreboard.loads[self.slot] = self.count + 1 if self.life == SERVING else 0
-        may = self.life == SERVING and self.now >= max(self.accept_at, self.polite_at) and self.may_accept()
-        if may and not self.accepting:
+        may = self.life == SERVING and self.now >= max(self.accept_at, self.polite_at)
+        if may and not self.accepting and self.in_flight < self.config.threads:
             self.accepting = True
             for listener in self.listeners:
                 self.selector.register(listener, selectors.EVENT_READ, functools.partial(self.accept, listener, True))
@@ -1104,7 +1106,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def make_room(self, listener, error):
         """Out of descriptors or memory -> is there one now for who is queued? If not, a pause, not a spin."""
         queued = comes_in_time(listener, select.POLLIN, 0)      # accept() fails so when nobody is, too
-        if queued and not self.evict(PAUSE):
+        if queued and not self.evict():
             if not self.accept_at:
                 log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
             self.accept_at = self.now + PAUSE
@@ -1238,10 +1240,9 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.count -= 1
         connection.sock.close()
 
-    def evict(self, seconds=0):
-        """Close, or read if it has spoken, what has been idle longest, for these seconds at least -> was there one?"""
-        firsts = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
-        idle = [connection for connection in firsts if connection.since <= self.now - seconds]
+    def evict(self):
+        """Close, or read if it has spoken, who has been idle longest, and for long -> was there one?"""
+        idle = self.long_idle()
         if idle:
             min(idle, key=lambda connection: connection.since).deadline = self.now
             self.expire()
@@ -1609,8 +1610,7 @@ def release_pidfile(path):
 # ---- Demo and status: the two applications that ship with it -----------------------------------------
 COLUMNS = ("generation", "worker", "pid", "state", "idle", "reading", "in_flight", "served", "waits_for")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</title>
-<style>:root { color-scheme: light dark; font-family: system-ui }
-th, td { padding: .3em .6em; border-bottom: 1px solid #8886; text-align: left; white-space: pre-line }</style>
+<style>:root { color-scheme: light dark; font-family: system-ui } td { padding: .5em; white-space: pre-line }</style>
 <main><h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
 <table><tr><th>%(columns)s%(rows)s</table></main>
 <p><button onclick="fetch('slow?seconds=20')" %(hidden)s>Hold a request in flight for 20 s</button>

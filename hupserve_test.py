@@ -2282,6 +2282,16 @@ def test_slow_the_longest_idle_connection_makes_room(serve):
             assert client.get().status == 200
 
 
+def test_slow_more_clients_than_connections_take_turns(serve):
+    """Guards: nobody who has just come, or just been answered, makes room; where somebody waits, none is kept."""
+    server = serve(workers=1, threads=4, connections=8)
+    with Load(server, keep=20, closing=20) as load:
+        for _ in range(10):
+            load.more()
+            assert server.get().status == 200
+    assert load.lost == []
+
+
 def test_slow_newcomers_go_to_the_worker_with_the_fewest_connections(serve):
     """Guards: who has more leaves them to the others for a moment, or who is awake could take nearly all of a burst."""
     server = serve(workers=2)
