@@ -288,7 +288,6 @@ def tls_context(certfile, keyfile):
 def load_application(config):
     """In a worker -> the WSGI callable. Raises ConfigError for the operator's mistakes, and the application's own."""
     importlib.invalidate_caches()       # a module may be younger than the import system's idea of its folder
-    sys.path.insert(0, os.getcwd())
     use_logs(config)
     application, place = None, "[loggers]"
     try:
@@ -778,8 +777,8 @@ class Exchange(socketserver.BaseRequestHandler):
                 self.fail(Refusal(500, "the application failed"))
         if self.body and self.keep:
             self.body.readall()     # what was not read: it is all here, what_follows() has seen to that
-        connection.keep, connection.linger = self.keep, request.keep or bool(self.body) or self.sent > PIECE
-        self.body = None        # it knows this exchange: a cycle, and 64 KiB in its buffer
+        unread = self.body and (self.body.chunked or self.body.left)    # None, then: it knows this exchange, a cycle
+        connection.keep, connection.linger, self.body = self.keep, request.keep or unread or self.sent > PIECE, None
         if config.access_log != "off":
             log_access(connection, self.status[:3], self.sent)
 
@@ -1670,6 +1669,7 @@ def serve(config):
     """-> exit status: 0 after a clean stop; 1 after a forced one, or none to stop; 2 for the operator's mistake."""
     sys.modules.setdefault("hupserve", sys.modules[__name__])   # or hupserve:demo_app were a second copy
     try:
+        sys.path.insert(0, os.getcwd())     # once: it may be gone when a replacement starts
         use_logs(config)
         master = Master(config)
     except OSError as error:
