@@ -1184,9 +1184,9 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         elif self.jobs and self.threads < self.config.threads and self.now >= self.thread_at:
             try:
                 threading.Thread(target=self.work, daemon=True, name=f"request-{self.threads}").start()
-                self.threads += 1
+                self.threads, self.thread_at = self.threads + 1, 0.0
             except RuntimeError as error:       # those there are go on
-                log.error("%s; trying again in %g s", error, PAUSE)
+                log.log(logging.DEBUG if self.thread_at else logging.ERROR, "%s; again every %g s", error, PAUSE)
                 self.thread_at = self.now + PAUSE
 
     def work(self):

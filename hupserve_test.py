@@ -1331,6 +1331,8 @@ def test_13_nor_is_a_thread_that_cannot_be_started(serve, folder):
     with server.connect() as client:
         client.request("GET", "/")
         server.wait_log("no more threads")
+        time.sleep(1.2)  # a few pauses
+        assert server.log().count("no more threads") == 1
         (server.folder / "nothread").unlink()
         assert client.answer().status == 200
     server.release("busy")
