@@ -198,7 +198,7 @@ KEYS = {    # of [server:main]: the default, what reads the text (its ValueError
     "log_level": ("info", lambda text: logging.Handler(text.upper()).level),
 }
 # One reading of a file: every key of KEYS; an SSLContext or None; the application's parts (see Ini.parts); the Ini.
-Config = collections.namedtuple("Config", [*KEYS, "tls", "parts", "ini"])
+Config = collections.namedtuple("Config", [*KEYS, "tls", "parts", "ini"])      # type: ignore[misc]
 
 
 def read_config(path):
