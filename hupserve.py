@@ -101,7 +101,6 @@ class Life(enum.IntEnum):
 
 NEW, IDLE, READING, RECEIVING, WAITING, IN_FLIGHT, CLOSING = State
 VACANT, BOOTING, READY, SERVING, DRAINING = Life
-
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -339,6 +338,9 @@ def use_logs(config):
 class Listener(socket.socket):
     file: Any = None        # of a unix socket that is ours: what os.stat() said, to know its file by
 
+    def has_file(self):     # still that very one? OSError: there is none
+        return os.path.samestat(self.file, os.stat(self.getsockname()))
+
     def turn_away(self):
         """Before its close, which resets whoever is queued: nobody is to come between the last accept() and that. With
         a filter that drops everything a client's SYN is ignored, and it asks again after the close. The queue stays."""
@@ -375,7 +377,7 @@ def close_listeners(listeners):
     """In the master: the workers' copies, and who is queued, stay after close(). (shutdown() would end them, too.)"""
     for listener in listeners:
         with contextlib.suppress(OSError):
-            if listener.file and os.path.samestat(listener.file, os.stat(listener.getsockname())):
+            if listener.file and listener.has_file():
                 os.unlink(listener.getsockname())
         listener.close()
 
@@ -657,14 +659,13 @@ class Connection:
 class Body(io.RawIOBase):
     """A body as it comes off the connection (RFC 9112 sections 6 and 7.1). After a Refusal each read raises it anew."""
     size = extensions = 0       # bytes in the chunks, and in their extensions, so far
-    refusal: Any = None
 
     def __init__(self, exchange):
         self.exchange, self.connection, self.config = exchange, exchange.request, exchange.server.config
         request = self.connection.request
         self.chunked = request.length is None       # and the last chunk has not come
         self.left = request.length or 0             # bytes of it, or of its chunk, that are not read
-        self.owes_100 = request.expect and not self.connection.buffer
+        self.owes_100, self.refusal = request.expect and not self.connection.buffer, None
 
     def readable(self):
         return True
@@ -904,7 +905,7 @@ def escaped(text):
 # ---- The worker: its loop first, then orders, accept, read, dispatch, take back, close --------------
 class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     """Its main thread alone registers and closes sockets: were a thread to close one, its descriptor could be another
-    connection's before the selector hears of it. From dispatch() to take_back() one thread reads and writes it."""
+    connection's before the selector hears of it. From dispatch() to take_back() a connection is one thread's alone."""
     application: Any = None             # once it is loaded
     life = BOOTING
     accepting = pressed = False         # are the listeners registered? are we full, and is somebody queued?
@@ -1054,9 +1055,9 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def accept(self, listener, polite=False):
         """A few at a time, if there are threads free: of many that come at once the other workers get their share. The
         polite, where one of these has fewer connections, leave them to it for a moment; the full leave them queued."""
-        fewest = min(filter(None, scoreboard.loads[:2 * self.config.workers]), default=FOREVER)
+        fewest = min(filter(None, scoreboard.loads[:2 * self.config.workers]), default=FOREVER) if polite else FOREVER
         self.pressed = polite and self.full()
-        if self.pressed or polite and self.count > fewest + 2:
+        if self.pressed or self.count > fewest + 2:
             self.polite_at = self.now + 0.001
             return self.stop_accepting()
         for _ in range(max(1, (self.config.threads - self.in_flight - len(self.rooms[WAITING])) // 4)):
@@ -1481,7 +1482,7 @@ class Master:
             claim_pidfile(text := new.config.pidfile)
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
-                    if listener.file and text not in old.listeners and os.stat(text[5:]).st_ino != listener.file.st_ino:
+                    if listener.file and text not in old.listeners and not listener.has_file():
                         raise OSError(errno.EADDRINUSE, "another master has taken its place")
                     listener.listen(new.config.backlog)
             use_logs(new.config)
@@ -1615,8 +1616,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</
 <p><button onclick="fetch('slow?seconds=20')" %(hidden)s>Hold a request in flight for 20 s</button>
 <script>setInterval(async () => {
   const page = await fetch("").then(response => response.text()).catch(() => "")
-  document.querySelector("main").innerHTML = page.split(/<.?main>/)[1] || "Nobody answers."
-}, 500)</script>"""
+  document.querySelector("main").innerHTML = page.split(/<.?main>/)[1] || "Nobody answers." }, 500)</script>"""
 
 
 def status_filter(global_conf, path="/status", greeting=""):
@@ -1666,7 +1666,7 @@ def tell(reason, status):
 
 
 def serve(config):
-    """-> exit status: 0 after a clean stop; 1 after a forced one, or none to stop; 2 for the operator's mistake."""
+    """-> exit status: 0 after a clean stop; 1 after a forced one or a failed start; 2 for the operator's mistake."""
     sys.modules.setdefault("hupserve", sys.modules[__name__])   # or hupserve:demo_app were a second copy
     try:
         sys.path.insert(0, os.getcwd())     # once: it may be gone when a replacement starts
