@@ -78,7 +78,7 @@ log = logging.getLogger("hupserve")
 access_log = logging.getLogger("hupserve.access")
 
 
-# ---- Words: the states of a connection and of a worker (a reload's: Generation), and who moves what ----
+# ---- Words: the states of a connection, a worker and a reload, and what moves them ----
 class State(enum.IntEnum):
     """Where a connection is (Worker.move()). Its deadline or its client's end ends it, but in WAITING and IN_FLIGHT."""
     NEW = 0         # nothing of a first request has come (nor all of a TLS handshake)
@@ -95,12 +95,23 @@ class Life(enum.IntEnum):
     VACANT = 0      # to be forked                    -> BOOTING (now, or after the back-off)
     BOOTING = 1     # loads the application           -> READY (it says "ready")
     READY = 2       # loaded, accepts nothing         -> SERVING (the master says "go"), or DRAINING (a roll-back)
-    SERVING = 3     # accepts                         -> DRAINING (the master orders it; it can ask: "leaving")
-    DRAINING = 4    # finishes what it has begun      -> gone; its successor, if any, is there already
+    SERVING = 3     # accepts                         -> DRAINING (the master orders it), or LEAVING
+    LEAVING = 4     # somebody's SIGTERM: accepts nothing, has said "leaving"  -> DRAINING (ordered, and replaced)
+    DRAINING = 5    # finishes what it has begun      -> gone; its successor, if any, is there already
+
+
+class Stage(enum.Enum):
+    """Generation.stage, which the master moves. A reload is one that is BINDING or LOADING; so is the start."""
+    BINDING = 0     # its new addresses               -> LOADING (it has them all), or VOID (a bind fails)
+    LOADING = 1     # its workers load                -> CURRENT (all READY: commit), or VOID (a death, time, a stop)
+    CURRENT = 2     # serves                          -> PAST (the next one's commit, or a stop)
+    PAST = 3        # its workers drain, or are gone
+    VOID = 4        # rolled back: no client has seen it
 
 
 NEW, IDLE, READING, RECEIVING, WAITING, IN_FLIGHT, CLOSING = State
-VACANT, BOOTING, READY, SERVING, DRAINING = Life
+VACANT, BOOTING, READY, SERVING, LEAVING, DRAINING = Life
+BINDING, LOADING, CURRENT, PAST, VOID = Stage
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -179,20 +190,14 @@ def path_in_folder(text):
 
 
 KEYS = {    # of [server:main]: the default, what reads the text (its ValueError is the reason), and its limits
-    "listen": ("127.0.0.1:8000", addresses),
-    "workers": ("2", number, 1, 1000),
-    "threads": ("16", number, 1, 10_000),                   # requests in flight per worker
-    "connections": ("1000", number, 1, 1_000_000),          # open connections per worker
-    "backlog": ("2048", number, 1, 1_000_000),
-    "keepalive_timeout": ("75", number, 0.0, 1e6),          # seconds, as all that follow
-    "header_timeout": ("10", number, 0.001, 1e6),
-    "io_timeout": ("60", number, 0.001, 1e6),
-    "idle_grace": ("5", number, 0.0, 1e6),
-    "drain_timeout": ("0", number, 0.0, 1e6),               # 0: no limit
-    "boot_timeout": ("60", number, 0.001, 1e6),
-    "max_body": ("0", number, 0, 10**15),                   # bytes, 0: no limit
-    "certfile": ("", str), "keyfile": ("", str),
-    "pidfile": ("", path_in_folder),
+    "listen": ("127.0.0.1:8000", addresses), "backlog": ("2048", number, 1, 1_000_000),
+    "workers": ("2", number, 1, 1000), "threads": ("16", number, 1, 10_000),    # requests in flight per worker
+    "connections": ("1000", number, 1, 1_000_000),                              # open ones per worker
+    "keepalive_timeout": ("75", number, 0.0, 1e6), "header_timeout": ("10", number, 0.001, 1e6),    # all in seconds
+    "io_timeout": ("60", number, 0.001, 1e6), "boot_timeout": ("60", number, 0.001, 1e6),
+    "idle_grace": ("5", number, 0.0, 1e6), "drain_timeout": ("0", number, 0.0, 1e6),                # 0: no limit
+    "max_body": ("0", number, 0, 10**15),                                       # bytes; 0: no limit
+    "certfile": ("", str), "keyfile": ("", str), "pidfile": ("", path_in_folder),
     "access_log": ("off", log_path), "log_file": ("-", log_path),
     "log_level": ("info", lambda text: logging.Handler(text.upper()).level),
 }
@@ -309,7 +314,6 @@ def load_application(config):
 
 class LogFile(logging.handlers.WatchedFileHandler):
     """Follows rotation. A full disk costs log lines, never requests: one line on stderr says so."""
-
     def emit(self, record):
         try:
             super().emit(record)
@@ -404,9 +408,15 @@ def comes_in_time(source, event, seconds):
     return bool(poller.poll(seconds * 1000))
 
 
+def again_at(before, now, what, error):
+    """The system has no more to give -> when to try again: a pause, not a spin. Logged once (before is 0.0, then)."""
+    if not before:
+        log.error("cannot %s: %s; trying again every %g s", what, reason_of(error), PAUSE)
+    return now + PAUSE
+
+
 class Bell:
     """A pipe that wakes a selector. Which signals came is a list: a pipe full of HUPs would drop the byte of a TERM."""
-
     def __init__(self):
         self.rung: list = []
         self.reader, self.writer = map(io.FileIO, os.pipe(), "rw")
@@ -429,7 +439,6 @@ class Bell:
 
 class Line:
     """One end of the socketpair between master and worker: a JSON list per line. Its end says: the other is gone."""
-
     def __init__(self, sock):
         sock.setblocking(False)
         self.sock, self.pending, self.ended, self.fileno = sock, b"", False, sock.fileno
@@ -496,7 +505,6 @@ FORGED = re.compile(r"[^\t -~\x80-\xff]")      # in a response field, where CR L
 
 class Refusal(OSError):
     """What ends a request, and its connection, before its time. An OSError, as wsgi.input is expected to raise."""
-
     def __init__(self, status, reason):
         super().__init__(errno.EBADMSG, reason)
         self.status, self.reason = http.HTTPStatus(status), reason
@@ -833,7 +841,7 @@ class Exchange(socketserver.BaseRequestHandler):
             self.left = 0
         if self.keep:       # in a drain only for what is here already: that is answered, too
             behind = self.body.what_follows() if self.body else connection.buffer
-            self.keep = behind is not None and (self.server.life != DRAINING or bool(behind or connection.receive()))
+            self.keep = behind is not None and (self.server.life < LEAVING or bool(behind or connection.receive()))
         self.head_sent = True
         last = b"\r\nConnection: close" if not self.keep else b"" if request.http11 else b"\r\nConnection: keep-alive"
         return head + last + b"\r\n\r\n"
@@ -972,7 +980,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         facts = {"pid": os.getpid(), "worker": self.number, "generation": self.generation.number,
                  "state": self.life.name.lower(), "idle": new + idle, "reading": reading + receiving,
                  "in_flight": self.in_flight, "served": self.served,
-                 "waits_for": self.waits_for(8) if self.life == DRAINING else []}
+                 "waits_for": self.waits_for(8) if self.life >= LEAVING else []}
         if facts != self.facts:
             self.facts, self.report_at = facts, self.now + 0.02
             scoreboard.write(self.slot, facts)
@@ -995,13 +1003,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def obey(self):
         for signum in self.bell.silence():
             self.hear()     # an order is written before its SIGHUP is sent: it is there by now
-            if signum == signal.SIGHUP and self.life != DRAINING:
+            if signum == signal.SIGHUP and self.life < LEAVING:
                 log.warning("SIGHUP without an order from the master: serving on")
             elif signum in (signal.SIGTERM, signal.SIGQUIT) and self.life == SERVING:
                 log.info("%s: asking the master for a replacement, to drain", signal.Signals(signum).name)
                 self.line.say("leaving")
                 self.stop_accepting()
-                self.life = DRAINING    # answers say close; the rest waits for the master's order
+                self.life = LEAVING     # answers say close; the rest waits for the master's order
 
     def hear(self):
         for word, *rest in self.line.hear():
@@ -1018,9 +1026,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def drain(self, dropped, grace):
         """dropped: addresses that nobody takes over: close() would reset who is queued. grace: seconds for the idle."""
         listened = self.life >= SERVING     # before "go" perhaps nobody did, and accept() would fail for ever
-        self.life = DRAINING
-        if self.explain_at == FOREVER:      # a later order only shortens the grace
-            self.explain_at = self.now + DRAIN_REPORT
+        if self.life != DRAINING:           # a later order only shortens the grace
+            self.life, self.explain_at = DRAINING, self.now + DRAIN_REPORT
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
             self.stop_accepting()
             for listener, (text, _) in list(self.listeners.items()):
@@ -1036,7 +1043,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def empty_queues(self):
         """Of listeners that nobody takes over. Out of descriptors, it goes on when there may be some again."""
-        for listener in list(self.listeners) if self.explain_at != FOREVER and self.now >= self.accept_at else ():
+        for listener in list(self.listeners) if self.life == DRAINING and self.now >= self.accept_at else ():
             while self.admit(listener):
                 pass
             if self.now >= self.accept_at:
@@ -1107,9 +1114,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         """Out of descriptors or memory -> is there one now for who is queued? If not, a pause, not a spin."""
         queued = comes_in_time(listener, select.POLLIN, 0)      # accept() fails so when nobody is, too
         if queued and not self.evict():
-            if not self.accept_at:
-                log.error("cannot accept: %s; trying again every %g s", reason_of(error), PAUSE)
-            self.accept_at = self.now + PAUSE
+            self.accept_at = again_at(self.accept_at, self.now, "accept", error)
             self.stop_accepting()
         return queued and self.now >= self.accept_at
 
@@ -1187,8 +1192,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 threading.Thread(target=self.work, daemon=True, name=f"request-{self.threads}").start()
                 self.threads, self.thread_at = self.threads + 1, 0.0
             except RuntimeError as error:       # those there are go on
-                log.log(logging.DEBUG if self.thread_at else logging.ERROR, "%s; again every %g s", error, PAUSE)
-                self.thread_at = self.now + PAUSE
+                self.thread_at = again_at(self.thread_at, self.now, "start a thread", error)
 
     def work(self):
         """In a thread: one job after another. To start a thread for each would cost more than most of them do."""
@@ -1286,7 +1290,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
 class ErrorsToLog(io.TextIOBase):
     """wsgi.errors: what the application writes there becomes lines of the log."""
-
     def write(self, text):
         if text.strip():
             log.error("%s", text.rstrip())
@@ -1326,32 +1329,31 @@ def leave(status):
 # ---- The master: its loop first, then what comes from below, the reload, spawn -----------------------
 class Child:
     """One of a generation's places for a worker and, from BOOTING on, the worker in it."""
-
     def __init__(self, generation, number, deaths=0, fork_at=0.0):
         self.generation, self.number, self.life = generation, number, VACANT
-        self.deaths, self.fork_at = deaths, fork_at                 # in a row, before it; when it may be forked
-        self.pid, self.line, self.slot, self.born = 0, None, 0, 0.0     # born: forked, then ready, in monotonic s
-        self.said: dict = {}        # or said of it: {"ready": [], "leaving": [], "failed": [exit status, reason]}
+        self.deaths, self.fork_at = deaths, fork_at     # in a row, before it; when it may be forked
+        self.pid, self.line, self.slot = 0, None, 0
+        self.born, self.failure = 0.0, None     # forked, then ready; (exit status, reason), if it could not load
 
     def hear(self):
-        self.said.update((word, rest) for word, *rest in self.line.hear())
-        if self.life == BOOTING and "ready" in self.said:
-            self.life, self.born = READY, time.monotonic()
+        for word, *rest in self.line.hear():
+            if word == "failed":
+                self.failure = rest
+            elif self.life != DRAINING:     # what it was told meanwhile wins
+                self.life, self.born = READY if word == "ready" else LEAVING, time.monotonic()
 
     def successor(self, now):
         """-> the one that takes its place, after the back-off."""
-        deaths = 0 if "leaving" in self.said or self.life >= SERVING and now - self.born > STEADY else self.deaths
+        deaths = 0 if self.life == LEAVING or self.life == SERVING and now - self.born > STEADY else self.deaths
         child = Child(self.generation, self.number, deaths + 1, now + BACK_OFF[min(deaths, len(BACK_OFF) - 1)])
         self.generation.children[self.number] = child
         return child
 
 
 class Generation:
-    """The workers of one reading of the configuration, and what they listen on. As Master.upcoming it is the state of
-    a reload: binding, while it has no children; booting, until all of them are READY. Then it is Master.current."""
-
+    """The workers of one reading of the configuration, and what they listen on."""
     def __init__(self, number, config, adopted=(), kept=()):
-        self.number, self.config, self.born = number, config, time.monotonic()
+        self.number, self.config, self.stage, self.born = number, config, BINDING, time.monotonic()
         self.listeners = {text: kept[text] for text in config.listen if text in kept}     # {text: [Listener]}
         self.borrowed = {text for text, binds in config.listen.items() if set(binds) & set(adopted)}    # systemd's
         self.children: list = []        # by number, once all of its addresses are bound
@@ -1431,12 +1433,12 @@ class Master:
         scoreboard.write(child.slot, None)
         scoreboard.loads[child.slot] = 0
         end = f"worker {child.number} (pid {child.pid}) ended with {'status' if code >= 0 else 'signal'} {abs(code)}"
-        status, reason = child.said.get("failed", (1, end))
-        if child.generation is self.upcoming:
+        status, reason = child.failure or (1, end)
+        if child.generation.stage == LOADING:
             self.roll_back(reason, status)
         elif child.life != DRAINING:
             log.error("%s; it is replaced in %g s", reason, child.successor(self.now).fork_at - self.now)
-        elif code and child.generation.number <= self.current.number:       # and it was not rolled back
+        elif code and child.generation.stage != VOID:
             log.warning("%s, of generation %d", end, child.generation.number)
 
     # The reload: bind, boot, commit or roll back; and the workers for it
@@ -1451,7 +1453,7 @@ class Master:
             except ConfigError as error:
                 self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
         new = self.upcoming
-        if new and not new.children:
+        if new and new.stage == BINDING:
             self.bind(new, self.current)
         elif new and all(child.life == READY for child in new.children):
             self.commit(new, self.current)
@@ -1459,7 +1461,7 @@ class Master:
             self.roll_back(f"not every worker was ready within {new.config.boot_timeout:g} s (boot_timeout)")
 
     def bind(self, new, old):
-        """The new addresses; those that stay have their very sockets already. Then there are places for workers."""
+        """The new addresses; those that stay have their very sockets already."""
         try:
             for text, binds in new.config.listen.items():
                 if text not in new.listeners:
@@ -1472,7 +1474,7 @@ class Master:
             if error.errno == errno.EADDRINUSE and self.now < new.born + BIND_PATIENCE:
                 return      # an old worker may be about to let go of it: once more
             return self.roll_back(f"{new.config.ini.path}: [server:main] listen: {text}: {reason_of(error)}")
-        new.children = [Child(new, number) for number in range(new.config.workers)]
+        new.children, new.stage = [Child(new, number) for number in range(new.config.workers)], LOADING
 
     def commit(self, new, old):
         """Every new worker is ready, and none has accepted anything. What can fail comes first."""
@@ -1490,7 +1492,7 @@ class Master:
             name = error.filename or text
             key = "pidfile" if name == new.config.pidfile else "log_file" if error.filename else "listen"
             return self.roll_back(f"{new.config.ini.path}: [server:main] {key}: {name}: {reason_of(error)}")
-        self.current = new
+        self.current, new.stage = new, CURRENT
         self.tend()     # "go" to the new, before settle() says "drain" to the old
         self.settle(new, old)
         workers = f"{new.config.workers} worker{'s' * (new.config.workers > 1)}"
@@ -1515,6 +1517,7 @@ class Master:
         close its last copy. Were the master's still open, more would queue there, to be reset by its close."""
         self.current, self.upcoming = heir, None
         for generation in filter(None, others):
+            generation.stage = PAST if generation.stage == CURRENT else VOID
             dropped = generation.listeners.keys() - heir.listeners.keys()
             for text in dropped:
                 close_listeners(generation.listeners[text])
@@ -1538,16 +1541,15 @@ class Master:
         """Look at every place: fork for the vacant, end what never becomes ready, send the ready to work."""
         for generation in filter(None, (self.current, self.upcoming)):
             for child in generation.children:
-                if child.life == SERVING and "leaving" in child.said:
+                if child.life == LEAVING:
                     child.line.say("drain", [], generation.config.idle_grace)
-                    child.life = DRAINING
-                    child = child.successor(self.now)
+                    child.life, child = DRAINING, child.successor(self.now)
                 if child.life == VACANT and self.now >= max(child.fork_at, self.fork_at):
                     self.spawn(child)
                 elif child.life == BOOTING and self.now > child.born + generation.config.boot_timeout:
-                    child.said.setdefault("failed", [1, f"worker {child.number} was not ready within boot_timeout"])
+                    child.failure = child.failure or (1, f"worker {child.number} was not ready within boot_timeout")
                     os.kill(child.pid, signal.SIGKILL)
-                elif child.life == READY and generation is self.current:
+                elif child.life == READY and generation.stage == CURRENT:
                     child.line.say("go")
                     child.life = SERVING
 
@@ -1564,9 +1566,7 @@ class Master:
             self.fork_at, child.born, child.life = 0.0, self.now, BOOTING
             self.children[child.pid] = child
         except OSError as error:
-            if not self.fork_at:
-                log.error("cannot start a worker: %s; trying again every %g s", reason_of(error), PAUSE)
-            self.fork_at = self.now + PAUSE
+            self.fork_at = again_at(self.fork_at, self.now, "start a worker", error)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
