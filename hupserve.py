@@ -65,13 +65,14 @@ import ssl
 import stat
 import struct
 import sys
+import termios
 import threading
 import time
 import traceback
 import types
 import urllib.parse
 import wsgiref.util
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 __version__ = "1.0.0"
 log = logging.getLogger("hupserve")
@@ -111,14 +112,15 @@ class Stage(enum.Enum):
 
 NEW, IDLE, READING, RECEIVING, WAITING, IN_FLIGHT, CLOSING = State
 VACANT, BOOTING, READY, SERVING, LEAVING, DRAINING = Life
-BINDING, LOADING, CURRENT, PAST, VOID = Stage
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
-MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD)
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FOREVER = float("inf")
 PAUSE = 0.5             # seconds without accept or fork when the system has no more to give
 LINGER = 2.0            # seconds of input to discard on a connection that is closing
+TRICKLE = 4096          # bytes of a response that a client must take within io_timeout: less is no progress
+HANDSHAKE = 0.4         # seconds for those who are in the midst of it when an address is given up
 BIND_PATIENCE = 1.0     # seconds for an old worker to let go of an address that comes back
 DRAIN_REPORT = 30.0     # seconds between two log lines on what a draining worker waits for
 BACK_OFF = (0, 0.2, 0.4, 0.8, 1.6, 3.2, 5)      # seconds before a worker that died is replaced
@@ -179,8 +181,8 @@ def number(text, low, high):
 
 def log_path(text):
     """'off', '-' or a file, which is opened once here: so a commit does not fail for it."""
-    if text not in ("off", "-"):
-        open(text, "a").close()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK      # of a pipe that nobody reads: an error, no wait
+    os.close(os.open(text if text not in ("off", "-") else os.devnull, flags, 0o666))
     return text
 
 
@@ -192,11 +194,10 @@ def path_in_folder(text):
 KEYS = {    # of [server:main]: the default, what reads the text (its ValueError is the reason), and its limits
     "listen": ("127.0.0.1:8000", addresses), "backlog": ("2048", number, 1, 1_000_000),
     "workers": ("2", number, 1, 1000), "threads": ("16", number, 1, 10_000),    # requests in flight per worker
-    "connections": ("1000", number, 1, 1_000_000),                              # open ones per worker
+    "connections": ("1000", number, 1, 1_000_000), "max_body": ("0", number, 0, 10**15),    # per worker; bytes
     "keepalive_timeout": ("75", number, 0.0, 1e6), "header_timeout": ("10", number, 0.001, 1e6),    # all in seconds
     "io_timeout": ("60", number, 0.001, 1e6), "boot_timeout": ("60", number, 0.001, 1e6),
     "idle_grace": ("5", number, 0.0, 1e6), "drain_timeout": ("0", number, 0.0, 1e6),                # 0: no limit
-    "max_body": ("0", number, 0, 10**15),                                       # bytes; 0: no limit
     "certfile": ("", str), "keyfile": ("", str), "pidfile": ("", path_in_folder),
     "access_log": ("off", log_path), "log_file": ("-", log_path),
     "log_level": ("info", lambda text: logging.Handler(text.upper()).level),
@@ -347,11 +348,12 @@ class Listener(socket.socket):
 
     def turn_away(self):
         """Before its close, which resets whoever is queued: nobody is to come between the last accept() and that. With
-        a filter that drops everything a client's SYN is ignored, and it asks again after the close. The queue stays."""
+        a filter that drops each SYN a client is not heard, and asks again after the close. The queue stays."""
         if sys.platform == "linux" and self.family != socket.AF_UNIX:
-            drop_all, so_attach_filter = array.array("H", (6, 0, 0, 0)), 26         # BPF: return 0
+            code = struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 2, 6, 0, 0, 0, 6, 0, 0, 0xffffffff)
+            drop_syn, so_attach_filter = array.array("B", code), 26     # BPF: load byte 13; has it 2? 0 bytes; all
             with contextlib.suppress(OSError):
-                self.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("@HP", 1, drop_all.buffer_info()[0]))
+                self.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("@HP", 4, drop_syn.buffer_info()[0]))
 
 
 def open_listeners(binds, adopted, listeners):
@@ -488,7 +490,7 @@ MAX_HEAD = 65536            # bytes of a head (431), of all chunk extensions (40
 MAX_FIELDS = 100            # of a head, and of trailers (431)
 SMALL_BODY = 65536          # bytes: an announced body up to this is read before a thread is taken
 SKIPPABLE = 262144          # bytes of an unread body that are skipped, if they have arrived, to keep the connection
-PIECE = 65536               # bytes read at once
+PIECE = 16384               # bytes read at once: to take a chunk, even of a byte, off the buffer copies what is behind
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 AUTHORITY = r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?"
@@ -523,13 +525,9 @@ def refuse_if(wrong, status, reason):
         raise Refusal(status, reason)
 
 
-class Request(NamedTuple):
-    line: str
-    environ: dict           # what the head says, in PEP 3333's words; shared, and so never changed
-    length: Optional[int]   # of the body in bytes; None: chunked
-    expect: bool            # the client waits for 100 Continue
-    keep: bool              # the client would keep the connection
-    http11: bool            # it understands chunked
+# environ: what the head says, in PEP 3333's words; shared, and so never changed. length: the body's, in bytes; None: it
+# is chunked. expect: the client waits for 100 Continue. keep: it would keep the connection. http11: it knows chunked.
+Request = collections.namedtuple("Request", "line environ length expect keep http11")
 
 
 def is_authority(text):
@@ -623,19 +621,28 @@ class Connection:
         """The request's first line, or what has come of it, as fit for a log."""
         return self.request.line if self.request else escaped(self.buffer[:80].split(b"\r\n")[0].decode("latin-1"))
 
-    def receive(self, size=PIECE):
-        """One read into the buffer -> True: something came; None: not yet; False: nothing will (its end, an error)."""
+    def log_access(self, status, sent):
+        """A line in the combined format, plus the seconds since the last move(): of an answer, since dispatch()."""
+        environ = self.request.environ if self.request else {}
+        referer, agent = [escaped(environ.get(f"HTTP_{name}", "-")) for name in ("REFERER", "USER_AGENT")]
+        access_log.info('%s - - [%s] "%s" %s %d "%s" "%s" %.6f', self.client, time.strftime("%d/%b/%Y:%H:%M:%S %z"),
+                        self.line, status, sent, referer, agent, time.monotonic() - self.since)
+
+    def receive(self, target=None):
+        """One read, into target or the buffer -> bytes that came; None: not yet; 0: none will (its end, an error)."""
         try:
-            data = self.sock.recv(size)
+            if target is not None:
+                return self.sock.recv_into(target)
+            data = self.sock.recv(PIECE)
             while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
                 data += self.sock.recv(PIECE)
         except WOULD_BLOCK:
             return None
         except OSError as error:
             log.debug("%s: %s", self.client, reason_of(error))
-            return False
+            return 0
         self.buffer += data
-        return bool(data)
+        return len(data)
 
     def take_request(self, max_body):
         """Take the next request off the buffer -> the State to which what has arrived takes it. Raises Refusal."""
@@ -684,13 +691,15 @@ class Body(io.RawIOBase):
                 raise self.refusal
             if self.chunked and not self.left:
                 self.begin_chunk()
+            target = memoryview(target)[:self.left]
             if self.left and not self.connection.buffer:
-                self.fill()
+                count = self.fill(target)       # to its place at once: a detour costs as much again, and memory
+            else:
+                count = min(len(target), len(self.connection.buffer))
+                target[:count], self.connection.buffer = self.connection.buffer[:count], self.connection.buffer[count:]
         except Refusal as refusal:
             self.refusal = refusal
             raise
-        count = min(len(target), self.left, len(self.connection.buffer))
-        target[:count], self.connection.buffer = self.connection.buffer[:count], self.connection.buffer[count:]
         self.left -= count
         return count
 
@@ -718,21 +727,21 @@ class Body(io.RawIOBase):
         refuse_if(not match or len(line) > limit, 400, "malformed chunk")
         return match
 
-    def fill(self):
-        """Wait for input, having invited it if need be."""
-        size = PIECE // 4 if self.chunked else PIECE    # to take a chunk of it, even of a byte, copies what is behind
-        while (came := self.connection.receive(size)) is None:
+    def fill(self, target=None):
+        """Wait for input, having invited it if need be -> bytes that came."""
+        while (came := self.connection.receive(target)) is None:
             if self.owes_100 and not self.exchange.head_sent:
                 self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.owes_100 = False
             refuse_if(not comes_in_time(self.connection.sock, select.POLLIN, self.config.io_timeout), 408, "slow body")
         refuse_if(not came, 400, "the body was cut short")
+        return came
 
     def what_follows(self):
         """-> the input behind it, if all of it is here. Found out on a copy: the application may yet read the rest."""
         while len(self.connection.buffer) < SKIPPABLE and self.connection.receive():
             pass
-        trial, copy = Body(self.exchange), types.SimpleNamespace(buffer=self.connection.buffer, receive=lambda size: 0)
+        trial, copy = Body(self.exchange), types.SimpleNamespace(buffer=self.connection.buffer, receive=lambda *_: 0)
         trial.__dict__.update(vars(self), connection=copy)
         with contextlib.suppress(Refusal):
             trial.readall()
@@ -766,8 +775,7 @@ class Exchange(socketserver.BaseRequestHandler):
     """One request and its response, in a thread. What socketserver calls request is a Connection; server, a Worker."""
     status = ""                         # of the response, as the application gave it
     left: Optional[int] = None          # bytes of body that its Content-Length still allows
-    sent = 0                            # bytes of body
-    head_sent = chunked = False
+    sent, head_sent, chunked = 0, False, False      # bytes of body; is the head on the wire? is the body in chunks?
 
     def handle(self):
         connection, request, config = self.request, self.request.request, self.server.config
@@ -786,10 +794,10 @@ class Exchange(socketserver.BaseRequestHandler):
                 self.fail(Refusal(500, "the application failed"))
         if self.body and self.keep:
             self.body.readall()     # what was not read: it is all here, what_follows() has seen to that
-        unread = self.body and (self.body.chunked or self.body.left)    # None, then: it knows this exchange, a cycle
-        connection.keep, connection.linger, self.body = self.keep, request.keep or unread or self.sent > PIECE, None
+        connection.linger = request.keep or self.sent > PIECE or self.body and (self.body.chunked or self.body.left)
+        connection.keep, self.left, self.body = self.keep, 0, None      # a kept write() sends no more; no cycle is left
         if config.access_log != "off":
-            log_access(connection, self.status[:3], self.sent)
+            connection.log_access(self.status[:3], self.sent)
 
     def respond(self, result):
         try:
@@ -840,8 +848,9 @@ class Exchange(socketserver.BaseRequestHandler):
         if no_body:
             self.left = 0
         if self.keep:       # in a drain only for what is here already: that is answered, too
-            behind = self.body.what_follows() if self.body else connection.buffer
-            self.keep = behind is not None and (self.server.life < LEAVING or bool(behind or connection.receive()))
+            rest = self.body.what_follows() if self.body else connection.buffer
+            ask = connection.since < self.server.drain_at       # later not: else who is always one ahead could stay
+            self.keep = rest is not None and bool(self.server.life < LEAVING or rest or ask and connection.receive())
         self.head_sent = True
         last = b"\r\nConnection: close" if not self.keep else b"" if request.http11 else b"\r\nConnection: keep-alive"
         return head + last + b"\r\n\r\n"
@@ -858,34 +867,37 @@ class Exchange(socketserver.BaseRequestHandler):
             self.left -= len(data)
 
     def send(self, data):
-        """All of the bytes. Raises Refusal where the client is gone, or takes nothing for io_timeout seconds."""
+        """All of the bytes. Raises Refusal, as push() does."""
         data = memoryview(data) if len(data) > PIECE else data      # of less what is left is copied, mostly nothing
         while data:
+            data = data[self.push(self.request.sock.send, data):]
+
+    def push(self, send, *arguments):
+        """-> bytes taken. Raises Refusal where the client is gone, or takes next to nothing for io_timeout seconds."""
+        sock = self.request.sock
+        while True:
             try:
-                data = data[self.request.sock.send(data):]
-            except WOULD_BLOCK:
-                taken = comes_in_time(self.request.sock, select.POLLOUT, self.server.config.io_timeout)
-                refuse_if(not taken, 408, "the client takes nothing")
+                return send(*arguments)
+            except WOULD_BLOCK:     # there is "room" when a third of the kernel's megabytes is free: it may take long
+                room, queued = False, FOREVER
+                while not room:
+                    before, queued = queued, struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
+                    refuse_if(queued > before - TRICKLE, 408, "the client takes nothing")
+                    room = comes_in_time(sock, select.POLLOUT, self.server.config.io_timeout)
             except OSError as error:
                 raise Refusal(408, f"client gone: {reason_of(error)}") from None
 
     def send_file(self, file):
         """From where it stands to its end -> False: it has to be read. (A GzipFile's descriptor is no plain file's.)"""
-        sock, plain = self.request.sock, type(getattr(file, "raw", file)) is io.FileIO
-        if not plain or self.head_sent or self.request.tls or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        plain = type(getattr(file, "raw", file)) is io.FileIO and os.path.isfile(file.fileno())
+        start, size = (file.tell(), os.path.getsize(file.fileno())) if plain else (0, 0)
+        if start >= size or self.head_sent or self.request.tls:
             return False
-        start = file.tell()
-        self.send(self.head(max(0, os.fstat(file.fileno()).st_size - start)))
-        if self.left:
-            sock.settimeout(self.server.config.io_timeout)
-            try:
-                sock.sendfile(file, start, self.left)       # or less, if the file has shrunk
-            except OSError as error:
-                raise Refusal(408, f"client gone: {reason_of(error)}") from None
-            finally:
-                sock.setblocking(False)
-                self.sent = file.tell() - start
-            self.left -= self.sent
+        self.send(self.head(size - start))
+        ends = self.request.sock.fileno(), file.fileno()
+        while self.left and (count := self.push(os.sendfile, *ends, start + self.sent, self.left)):     # 0: it shrank
+            self.sent += count
+            self.left -= count
         return True
 
     def fail(self, refusal):
@@ -895,14 +907,6 @@ class Exchange(socketserver.BaseRequestHandler):
             self.head_sent, self.status = True, str(refusal.status.value)
             with contextlib.suppress(OSError):
                 self.send(refusal.response(self.request.line))
-
-
-def log_access(connection, status, sent):
-    """A line in the combined format, plus the seconds since its last move(): of an answered one, since dispatch()."""
-    environ = connection.request.environ if connection.request else {}
-    referer, agent = [escaped(environ.get(f"HTTP_{name}", "-")) for name in ("REFERER", "USER_AGENT")]
-    access_log.info('%s - - [%s] "%s" %s %d "%s" "%s" %.6f', connection.client, time.strftime("%d/%b/%Y:%H:%M:%S %z"),
-                    connection.line, status, sent, referer, agent, time.monotonic() - connection.since)
 
 
 def escaped(text):
@@ -919,8 +923,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     accepting = pressed = False         # are the listeners registered? are we full, and is somebody queued?
     in_flight = 0                       # requests from dispatch() to take_back(); the main thread alone counts
     count = served = threads = 0        # connections open, requests answered, threads started
-    now = accept_at = polite_at = thread_at = report_at = 0.0       # the time; not before these
-    give_up_at = explain_at = FOREVER   # of a drain, once the master has ordered it
+    now = accept_at = close_at = polite_at = thread_at = report_at = 0.0    # the time; not before these
+    drain_at = give_up_at = explain_at = FOREVER    # since when it drains, and until when; when it tells why
     facts: dict = {}                    # as last reported
 
     def __init__(self, generation, number, slot, line, bell):
@@ -964,7 +968,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.still.release()
         if self.jobs:
             comes_in_time(self.bell, select.POLLIN, 0.001 if self.now >= self.thread_at else PAUSE)
-        timers = self.accept_at, self.polite_at, self.report_at, self.explain_at, self.give_up_at
+        timers = self.accept_at, self.polite_at, self.report_at, self.close_at, self.explain_at, self.give_up_at
         due = [when for when in timers if when > self.now] + [next(iter(room)).deadline for room in self.rooms if room]
         # In this order: a thread hands back before it takes its next job, so that one of the two is seen.
         events = self.selector.select(0 if self.jobs or self.returned else min(min(due) - time.monotonic(), 3600))
@@ -1025,13 +1029,13 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def drain(self, dropped, grace):
         """dropped: addresses that nobody takes over: close() would reset who is queued. grace: seconds for the idle."""
-        listened = self.life >= SERVING     # before "go" perhaps nobody did, and accept() would fail for ever
+        listened, self.close_at = self.life >= SERVING, self.now + min(grace, HANDSHAKE)
         if self.life != DRAINING:           # a later order only shortens the grace
-            self.life, self.explain_at = DRAINING, self.now + DRAIN_REPORT
+            self.life, self.drain_at, self.explain_at = DRAINING, self.now, self.now + DRAIN_REPORT
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
             self.stop_accepting()
             for listener, (text, _) in list(self.listeners.items()):
-                if listened and text in dropped:
+                if listened and text in dropped:    # before "go" perhaps nobody did, and accept() would fail for ever
                     listener.turn_away()
                 else:
                     self.listeners.pop(listener)
@@ -1046,7 +1050,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         for listener in list(self.listeners) if self.life == DRAINING and self.now >= self.accept_at else ():
             while self.admit(listener):
                 pass
-            if self.now >= self.accept_at:
+            if self.now >= max(self.accept_at, self.close_at):
                 self.listeners.pop(listener)
                 listener.close()
 
@@ -1062,8 +1066,8 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     def accept(self, listener, polite=False):
         """A few at a time, if there are threads free: of many that come at once the other workers get their share. The
         polite, where one of these has fewer connections, leave them to it for a moment; the full leave them queued."""
-        fewest = min(filter(None, scoreboard.loads[:2 * self.config.workers]), default=FOREVER) if polite else FOREVER
-        self.pressed = polite and self.full()
+        fewest = min(filter(None, scoreboard.loads[:self.config.workers + 32]), default=FOREVER) if polite else FOREVER
+        self.pressed = self.full() and (polite or self.pressed or comes_in_time(listener, select.POLLIN, 0))
         if self.pressed or self.count > fewest + 2:
             self.polite_at = self.now + 0.001
             return self.stop_accepting()
@@ -1140,7 +1144,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.selector.register(connection.sock, selectors.EVENT_READ, functools.partial(self.read, connection))
 
     def read(self, connection):
-        """Something has come, or may have."""
         if connection not in self.rooms[connection.state]:
             return      # closed on account of an earlier event of the same round
         if connection.state in (WAITING, IN_FLIGHT):
@@ -1153,7 +1156,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             return
         if came and connection.state == CLOSING:
             connection.buffer = b""     # once a round: who sends and sends must not keep this thread from its deadline
-        elif came is not False:
+        elif came != 0:
             self.advance(connection)
         elif connection.state in (READING, RECEIVING):
             self.refuse(connection, Refusal(400, "the request was cut short"))
@@ -1161,7 +1164,6 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.close(connection)
 
     def advance(self, connection):
-        """As far as what has arrived allows."""
         try:
             state = connection.take_request(self.config.max_body)
         except Refusal as refusal:
@@ -1174,7 +1176,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         with contextlib.suppress(OSError):      # a few hundred bytes into an empty buffer: no waiting
             connection.sock.send(refusal.response(connection.line))
         if self.config.access_log != "off":
-            log_access(connection, refusal.status.value, 0)
+            connection.log_access(refusal.status.value, 0)
         self.close(connection, linger=True)
 
     # Dispatch, and take back
@@ -1320,6 +1322,7 @@ def run_worker(generation, number, slot, line):
 
 def leave(status):
     """sys.exit() would wait for a thread that hangs; os._exit() alone skips atexit: multiprocessing leaves orphans."""
+    signal.alarm(10)        # if they take longer, it dies of that
     for last in (atexit._run_exitfuncs, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
         with contextlib.suppress(BaseException):
             last()
@@ -1332,13 +1335,12 @@ class Child:
     def __init__(self, generation, number, deaths=0, fork_at=0.0):
         self.generation, self.number, self.life = generation, number, VACANT
         self.deaths, self.fork_at = deaths, fork_at     # in a row, before it; when it may be forked
-        self.pid, self.line, self.slot = 0, None, 0
-        self.born, self.failure = 0.0, None     # forked, then ready; (exit status, reason), if it could not load
+        self.pid, self.line, self.slot, self.born, self.failure = 0, None, 0, 0.0, None     # born: forked, then ready
 
     def hear(self):
         for word, *rest in self.line.hear():
             if word == "failed":
-                self.failure = rest
+                self.failure = rest         # exit status, reason
             elif self.life != DRAINING:     # what it was told meanwhile wins
                 self.life, self.born = READY if word == "ready" else LEAVING, time.monotonic()
 
@@ -1353,7 +1355,7 @@ class Child:
 class Generation:
     """The workers of one reading of the configuration, and what they listen on."""
     def __init__(self, number, config, adopted=(), kept=()):
-        self.number, self.config, self.stage, self.born = number, config, BINDING, time.monotonic()
+        self.number, self.config, self.stage, self.born = number, config, Stage.BINDING, time.monotonic()
         self.listeners = {text: kept[text] for text in config.listen if text in kept}     # {text: [Listener]}
         self.borrowed = {text for text, binds in config.listen.items() if set(binds) & set(adopted)}    # systemd's
         self.children: list = []        # by number, once all of its addresses are bound
@@ -1361,8 +1363,7 @@ class Generation:
 
 class Master:
     """Owns listeners and workers; sits in one poll() all its life."""
-    hup = stopping = False      # a SIGHUP waits to be obeyed; a stop was ordered
-    fork_at = 0.0               # after a fork that failed: not before this time
+    hup, stopping, fork_at = False, False, 0.0      # a SIGHUP waits; a stop is ordered; not before, after a failed fork
     terminal: Any = None        # /dev/tty, where it was started on one: no tty any more, when that has hung up
 
     def __init__(self, config):
@@ -1386,7 +1387,7 @@ class Master:
             self.reap()
             self.advance()
             self.tend()
-        release_pidfile(self.current.config.pidfile)
+        self.release_pidfile(self.current.config.pidfile)
         if self.current.number:
             log.info("stopped")
         return self.status
@@ -1413,7 +1414,7 @@ class Master:
                 for pid in self.children:
                     os.kill(pid, signal.SIGKILL)
             elif (signum in STOPS or hung_up) and not self.stopping:
-                self.stopping, name = True, signal.Signals(signum).name
+                self.stopping, self.hup, name = True, False, signal.Signals(signum).name
                 self.notify("STOPPING=1", f"{name}: stopping, when every request that has begun is answered")
                 self.settle(Generation(self.current.number, self.current.config), self.upcoming, self.current)
                 for child in self.children.values() if signum == signal.SIGINT else ():
@@ -1434,11 +1435,11 @@ class Master:
         scoreboard.loads[child.slot] = 0
         end = f"worker {child.number} (pid {child.pid}) ended with {'status' if code >= 0 else 'signal'} {abs(code)}"
         status, reason = child.failure or (1, end)
-        if child.generation.stage == LOADING:
+        if child.generation.stage == Stage.LOADING:
             self.roll_back(reason, status)
         elif child.life != DRAINING:
             log.error("%s; it is replaced in %g s", reason, child.successor(self.now).fork_at - self.now)
-        elif code and child.generation.stage != VOID:
+        elif code and child.generation.stage != Stage.VOID:
             log.warning("%s, of generation %d", end, child.generation.number)
 
     # The reload: bind, boot, commit or roll back; and the workers for it
@@ -1453,7 +1454,7 @@ class Master:
             except ConfigError as error:
                 self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
         new = self.upcoming
-        if new and new.stage == BINDING:
+        if new and new.stage == Stage.BINDING:
             self.bind(new, self.current)
         elif new and all(child.life == READY for child in new.children):
             self.commit(new, self.current)
@@ -1474,14 +1475,14 @@ class Master:
             if error.errno == errno.EADDRINUSE and self.now < new.born + BIND_PATIENCE:
                 return      # an old worker may be about to let go of it: once more
             return self.roll_back(f"{new.config.ini.path}: [server:main] listen: {text}: {reason_of(error)}")
-        new.children, new.stage = [Child(new, number) for number in range(new.config.workers)], LOADING
+        new.children, new.stage = [Child(new, number) for number in range(new.config.workers)], Stage.LOADING
 
     def commit(self, new, old):
         """Every new worker is ready, and none has accepted anything. What can fail comes first."""
         if not new.config.listen:       # --check
             return self.roll_back(f"{new.config.ini.path}: good", 0)
         try:
-            claim_pidfile(text := new.config.pidfile)
+            self.claim_pidfile(text := new.config.pidfile)
             for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
                 for listener in new.listeners[text]:
                     if listener.file and text not in old.listeners and not listener.has_file():
@@ -1489,10 +1490,10 @@ class Master:
                     listener.listen(new.config.backlog)
             use_logs(new.config)
         except OSError as error:
-            name = error.filename or text
-            key = "pidfile" if name == new.config.pidfile else "log_file" if error.filename else "listen"
+            name, files = error.filename or text, ("pidfile", "log_file", "access_log")
+            key = next((key for key in files if os.path.abspath(getattr(new.config, key)) == name), "listen")
             return self.roll_back(f"{new.config.ini.path}: [server:main] {key}: {name}: {reason_of(error)}")
-        self.current, new.stage = new, CURRENT
+        self.current, new.stage = new, Stage.CURRENT
         self.tend()     # "go" to the new, before settle() says "drain" to the old
         self.settle(new, old)
         workers = f"{new.config.workers} worker{'s' * (new.config.workers > 1)}"
@@ -1517,12 +1518,12 @@ class Master:
         close its last copy. Were the master's still open, more would queue there, to be reset by its close."""
         self.current, self.upcoming = heir, None
         for generation in filter(None, others):
-            generation.stage = PAST if generation.stage == CURRENT else VOID
+            generation.stage = Stage.PAST if generation.stage == Stage.CURRENT else Stage.VOID
             dropped = generation.listeners.keys() - heir.listeners.keys()
             for text in dropped:
                 close_listeners(generation.listeners[text])
             if generation.config.pidfile != heir.config.pidfile:
-                release_pidfile(generation.config.pidfile)
+                self.release_pidfile(generation.config.pidfile)
             for child in self.children.values():
                 if child.generation is generation and child.life != DRAINING:       # who drains is not told again
                     # The signal finds the order there. A worker that is dead already keeps its pid until reap().
@@ -1530,12 +1531,27 @@ class Master:
                     os.kill(child.pid, signal.SIGKILL if child.life == BOOTING else signal.SIGHUP)
                     child.life = DRAINING
 
+    def claim_pidfile(self, path):
+        """OSError: it cannot be written, or names a living process that is none of ours."""
+        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError, OverflowError), open(path) as file:
+            if (pid := int(file.read(32))) == os.getpid():
+                return      # were it rewritten, somebody could find it empty
+            os.getpgid(-1 if pid in self.children else pid or -1)       # ProcessLookupError: it is dead
+            raise FileExistsError(errno.EEXIST, f"it names process {pid}, which is alive", path)
+        with open(path or os.devnull, "w") as file:
+            print(os.getpid(), file=file)
+
+    def release_pidfile(self, path):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            if int(file.read(32)) == os.getpid():     # if not, it has become another master's
+                os.unlink(path)
+
     def notify(self, state, outcome, level=logging.INFO):
         """The log and, by sd_notify(3), systemd, which waits for whatever becomes of a SIGHUP."""
         log.log(level, "%s", outcome)
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect(self.notify_socket)        # "", where nobody wants to know: an OSError, too
-            sock.send(os.fsencode(f"{state}\nSTATUS={outcome}"), socket.MSG_DONTWAIT)
+            sock.send(f"{state}\nSTATUS={outcome}".encode(errors="backslashreplace"), socket.MSG_DONTWAIT)
 
     def tend(self):
         """Look at every place: fork for the vacant, end what never becomes ready, send the ready to work."""
@@ -1549,7 +1565,7 @@ class Master:
                 elif child.life == BOOTING and self.now > child.born + generation.config.boot_timeout:
                     child.failure = child.failure or (1, f"worker {child.number} was not ready within boot_timeout")
                     os.kill(child.pid, signal.SIGKILL)
-                elif child.life == READY and generation.stage == CURRENT:
+                elif child.life == READY and generation.stage == Stage.CURRENT:
                     child.line.say("go")
                     child.life = SERVING
 
@@ -1587,24 +1603,8 @@ class Master:
         except BaseException as error:      # an import may well call sys.exit()
             log.exception("worker %d failed", child.number)
             line.say("failed", 1, f"worker {child.number} failed: {reason_of(error, short=False)[:500]}")
-        leave(1)
-
-
-def claim_pidfile(path):
-    """OSError: it cannot be written, or names a living process that is not this one."""
-    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError, OverflowError), open(path) as file:
-        if (pid := int(file.read(32))) == os.getpid():
-            return      # were it rewritten, somebody could find it empty
-        os.getpgid(pid or -1)       # ProcessLookupError: it is dead
-        raise FileExistsError(errno.EEXIST, f"it names process {pid}, which is alive", path)
-    with open(path or os.devnull, "w") as file:
-        print(os.getpid(), file=file)
-
-
-def release_pidfile(path):
-    with contextlib.suppress(OSError, ValueError), open(path) as file:
-        if int(file.read(32)) == os.getpid():     # if not, it has become another master's
-            os.unlink(path)
+        finally:        # also if the error cannot even be told: this must not become a second master
+            leave(1)
 
 
 # ---- Demo and status: the two applications that ship with it -----------------------------------------

@@ -1010,7 +1010,8 @@ def test_7_no_signal_is_lost_around_a_fork(serve, folder):
     server = serve(env={"PYTHONPATH": str(folder)})
     server.release("killed")
     server.reload("reload rolled back: .*signal 15.*")
-    assert len(server.workers()) == 2 and server.get().json["hupserve.generation"] == 1
+    until(lambda: len(server.workers()) == 2, "the other to end")
+    assert server.get().json["hupserve.generation"] == 1
     (folder / "killed").unlink()
     server.reload()
 
