@@ -343,7 +343,7 @@ def use_logs(config):
 class Listener(socket.socket):
     file: Any = None        # of a unix socket that is ours: what os.stat() said, to know its file by
 
-    def has_file(self):     # still that very one? OSError: there is none
+    def has_file(self):     # still that very one? OSError, where there is none
         return os.path.samestat(self.file, os.stat(self.getsockname()))
 
     def turn_away(self):
@@ -489,7 +489,7 @@ MAX_LINE = 8192             # bytes of a request line (414), of a chunk's size w
 MAX_HEAD = 65536            # bytes of a head (431), of all chunk extensions (400)
 MAX_FIELDS = 100            # of a head, and of trailers (431)
 SMALL_BODY = 65536          # bytes: an announced body up to this is read before a thread is taken
-SKIPPABLE = 262144          # bytes of an unread body that are skipped, if they have arrived, to keep the connection
+SKIPPABLE = 262144          # bytes, at most, in which the end of an unread body is looked for, to keep the connection
 PIECE = 16384               # bytes read at once: to take a chunk, even of a byte, off the buffer copies what is behind
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -738,7 +738,7 @@ class Body(io.RawIOBase):
         return came
 
     def what_follows(self):
-        """-> the input behind it, if all of it is here. Found out on a copy: the application may yet read the rest."""
+        """-> the input behind it, if all is here. Found out on a copy whose input ends there: the rest may yet be read."""
         while len(self.connection.buffer) < SKIPPABLE and self.connection.receive():
             pass
         trial, copy = Body(self.exchange), types.SimpleNamespace(buffer=self.connection.buffer, receive=lambda *_: 0)
@@ -920,7 +920,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     connection's before the selector hears of it. From dispatch() to take_back() a connection is one thread's alone."""
     application: Any = None             # once it is loaded
     life = BOOTING
-    accepting = pressed = False         # are the listeners registered? are we full, and is somebody queued?
+    accepting = pressed = False         # are the listeners registered? full, and somebody was queued, at the last look?
     in_flight = 0                       # requests from dispatch() to take_back(); the main thread alone counts
     count = served = threads = 0        # connections open, requests answered, threads started
     now = accept_at = close_at = polite_at = thread_at = report_at = 0.0    # the time; not before these
@@ -1055,7 +1055,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 listener.close()
 
     # Accept
-    def full(self):     # of those who are not idle, or were not a moment ago and may be about to speak
+    def full(self):     # and nobody can be asked to go: who was busy a moment ago may be about to speak
         return self.count >= self.config.connections and not self.long_idle()
 
     def long_idle(self):
@@ -1210,7 +1210,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.process_request_thread(connection, connection.client)  # Exchange.handle(), shutdown_request()
 
     def shutdown_request(self, connection):
-        """In a thread: it goes back. The main thread hears of a batch at once, early enough to be awake in time."""
+        """In a thread: it goes back. The bell is rung for a batch, one job early: it takes that long to wake up."""
         self.returned.append(connection)
         if len(self.jobs) < 2:
             self.bell.writer.write(b"!")    # None, if the pipe is full: it wakes anyway
@@ -1232,7 +1232,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     # Close, and expire
     def close(self, connection, linger=False):
         """linger: discard what still comes: a close with input unread is a reset, which can overtake the answer."""
-        if connection.tls:      # close_notify: without it what was sent could have been cut short by anybody
+        if connection.tls:      # close_notify: else anybody could have cut it short. (What lingers is read as it comes.)
             with contextlib.suppress(OSError, ValueError):
                 connection.sock.unwrap()
         if linger:

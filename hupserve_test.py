@@ -542,6 +542,9 @@ def do_retry(environ, start_response):
         except OSError:
             seen.append("error")
     return text(start_response, json.dumps({"seen": seen}))
+def do_whole(environ, start_response):
+    body = environ["wsgi.input"].read()
+    return text(start_response, f"{len(body)} {body.decode().strip('x')}")
 def do_unread(environ, start_response):
     return text(start_response, "not read")
 def do_environment(environ, start_response):
@@ -633,6 +636,17 @@ def do_file(environ, start_response):
     file.seek(int(offset))
     ok(start_response, *[("Content-Length", length)][:len(length)])
     return environ["wsgi.file_wrapper"](file, 4096)
+def do_proc(environ, start_response):
+    """A file that the kernel makes up: its size is 0 until it is read."""
+    ok(start_response)
+    return environ["wsgi.file_wrapper"](open("/proc/self/status", "rb"))
+kept = []
+def do_keep(environ, start_response):
+    """It calls the write() of the request before, which is over."""
+    for write in kept:
+        write(b"late")
+    kept[:] = [ok(start_response)]
+    return [b"not ", b"late"]
 def do_close(environ, start_response):
     return text(start_response, "closing", ("Connection", "close"))
 def do_hop(environ, start_response):
@@ -845,6 +859,20 @@ def test_2_what_has_begun_is_answered_across(serve, how):
         assert len(server.workers()) == 1
 
 
+def test_2_but_who_is_always_one_request_ahead_holds_no_worker(serve):
+    """Guards: one look for what has come behind. It is answered; what comes later meets a Connection: close."""
+    server = serve(workers=1)
+    ahead = b"GET /nap HTTP/1.1\r\nHost: test\r\n\r\n"
+    with server.connect() as client:
+        client.send(ahead + ahead)
+        server.signal()
+        end = time.monotonic() + DEADLINE
+        while not client.answer().closes:
+            assert time.monotonic() < end
+            with contextlib.suppress(ConnectionError):
+                client.send(ahead)
+
+
 def test_2_long_requests_cross_two_reloads_whole(serve):
     """Guards: a drain has no limit of its own (drain_timeout = 0)."""
     server = serve(workers=1)
@@ -905,6 +933,17 @@ def test_3_a_reload_commits_whole_or_changes_nothing(serve, why):
         until(lambda: len(server.workers()) == 3)
     assert load.lost == []
     assert ("RuntimeError: this application" in server.log()) == (why == "the application does not import")
+
+
+def test_3_nor_does_an_error_that_cannot_be_told_make_a_second_master(serve):
+    """Guards: the end of a child, whatever happens in it."""
+    server = serve()
+    server.tracebacks = True
+    workers = server.workers()
+    server.write_app("class Worse(OSError):\n    def __str__(self):\n        raise OSError('worse')\nraise Worse\n")
+    server.reload("reload rolled back: .+")
+    until(lambda: server.workers() == workers, "the new workers to be gone")
+    assert "cannot start a worker" not in server.log()
 
 
 def test_4_no_old_worker_drains_before_every_new_one_is_ready(serve):
@@ -1614,6 +1653,12 @@ def mistaken():
         yield server
 
 
+def test_a_mistake_is_a_log_file_that_is_a_pipe_without_a_reader(mistaken):
+    """Guards: the master's never waiting for one."""
+    os.mkfifo(mistaken.folder / "pipe")
+    mistaken.reload("reload refused: .*access_log.*pipe.*", access_log=mistaken.folder / "pipe")
+
+
 def run(*arguments, **keywords):
     return subprocess.run([PYTHON, str(HUPSERVE), *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True,
                           text=True, timeout=DEADLINE, **keywords)
@@ -1755,6 +1800,8 @@ def test_signal_USR1_is_nothing_to_anybody(serve):
     workers = server.workers()
     for _ in range(10):
         os.killpg(server.pid, SIGUSR1)
+        for other in signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU:  # to other servers' masters they mean something
+            os.kill(server.pid, other)
         assert server.get().status == 200
     assert server.workers() == workers
 
@@ -2169,6 +2216,32 @@ def test_response_requests_that_repeat_share_nothing(serve):
         until(lambda: one.get("/spoil?a").headers["date"] != first.headers["date"], "another second")
 
 
+@pytest.mark.parametrize("length", [5, 70000, 1000000])
+@pytest.mark.parametrize("chunks", [0, 1, 7])
+def test_response_a_body_read_by_one_read_is_whole(shared, length, chunks):
+    """In one read() without a size, which is another way through the standard library's readers."""
+    head = b"POST /whole HTTP/1.1\r\nHost: test\r\n"
+    body = b"Content-Length: %d\r\n\r\n%b" % (length, b"x" * length)
+    if chunks:
+        sizes = [length // chunks] * (chunks - 1) + [length - length // chunks * (chunks - 1)]
+        body = b"".join(b"%x\r\n%b\r\n" % (size, b"x" * size) for size in sizes if size)
+        body = b"Transfer-Encoding: chunked\r\n\r\n" + body + b"0\r\n\r\n"
+    with shared.connect() as client:
+        for _ in range(2):
+            assert client.send(head + body).answer().body == b"%d " % length
+
+
+def test_response_a_file_whose_size_is_unknown_is_read(shared):
+    assert b"\nPid:" in shared.get("/proc").body
+
+
+def test_response_a_write_that_was_kept_writes_no_more(serve):
+    server = serve(workers=1)
+    with server.connect() as client:
+        for _ in range(3):
+            assert client.get("/keep").body == b"not late" and client.buffer == b""
+
+
 def test_response_wsgiref_validate_has_nothing_to_say(serve):
     """The standard library's own judge of servers stands between hupserve and the application."""
     server = serve("[pipeline:main]\npipeline = validate app\n[filter:validate]\npaste.filter_factory = app:validate\n"
@@ -2272,6 +2345,32 @@ def test_slow_but_steady_is_no_reason_to_end(serve):
         assert client.answer().body == b"100000"
 
 
+@pytest.mark.parametrize("path", ["/big?12000000", "/file?0,"])
+def test_slow_but_steady_readers_are_served_to_the_end(serve, path):
+    """Guards: a look at what is queued. poll() says that there is room when a third of the kernel's buffer is free."""
+    server = serve(workers=1, io_timeout=0.5)
+    (server.folder / "data").write_bytes(b"x" * 12000000)
+    with server.connect(receive_buffer=65536) as client:
+        client.request("GET", path)
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            client.more()
+            time.sleep(0.1)  # a few hundred kilobytes a second
+        assert len(client.answer().body) == 12000000
+
+
+def test_slow_readers_of_next_to_nothing_end_at_io_timeout(serve):
+    """A few bytes now and then are no progress: as slowhttptest -X does it."""
+    server = serve(workers=1, threads=1, io_timeout=2)
+    with server.connect(receive_buffer=4096) as client:
+        client.request("GET", "/endless?reader")
+        end = time.monotonic() + DEADLINE
+        while not (server.folder / "reader.closed").exists():
+            assert time.monotonic() < end
+            client.socket.recv(150)
+            time.sleep(0.1)
+
+
 def test_slow_the_longest_idle_connection_makes_room(serve):
     server = serve(workers=1, threads=1, connections=5)  # of two threads the second may be back before the first
     clients = [server.connect() for _ in range(5)]
@@ -2291,6 +2390,16 @@ def test_slow_more_clients_than_connections_take_turns(serve):
     with Load(server, keep=20, closing=20) as load:
         for _ in range(10):
             load.more()
+            assert server.get().status == 200
+    assert load.lost == []
+
+
+def test_slow_nor_do_those_wait_who_come_when_all_threads_are_busy(serve):
+    """Guards: who is pressed knows it also when accepting resumes."""
+    server = serve(workers=1, threads=1, connections=3)
+    with Load(server, keep=10, closing=0, path="/nap") as load:
+        for _ in range(10):
+            load.more(10)
             assert server.get().status == 200
     assert load.lost == []
 
@@ -2505,6 +2614,11 @@ def test_operator_sd_notify(serve, folder, abstract):
             assert message["RELOADING"] == "1"
             assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
             assert next_message("READY", "STATUS")["READY"] == "1"
+        server.tracebacks = True
+        server.write_app("raise RuntimeError('\\udcff')\n")  # as os.fsdecode() makes of a file's name
+        server.signal()
+        next_message("RELOADING")
+        assert "\\udcff" in next_message("READY")["STATUS"]
         server.write_app(GATE + APPLICATION)
         server.release("gate")
         server.signal()
