@@ -738,7 +738,7 @@ class Body(io.RawIOBase):
         return came
 
     def what_follows(self):
-        """-> the input behind it, if all is here. Found out on a copy whose input ends there: the rest may yet be read."""
+        """-> the input behind it, if all is here. Found out on a copy whose input ends there: it may yet be read."""
         while len(self.connection.buffer) < SKIPPABLE and self.connection.receive():
             pass
         trial, copy = Body(self.exchange), types.SimpleNamespace(buffer=self.connection.buffer, receive=lambda *_: 0)
@@ -1232,7 +1232,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     # Close, and expire
     def close(self, connection, linger=False):
         """linger: discard what still comes: a close with input unread is a reset, which can overtake the answer."""
-        if connection.tls:      # close_notify: else anybody could have cut it short. (What lingers is read as it comes.)
+        if connection.tls:      # close_notify: anybody can cut off what has none. (What lingers is read as it comes.)
             with contextlib.suppress(OSError, ValueError):
                 connection.sock.unwrap()
         if linger:
