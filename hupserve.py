@@ -1069,7 +1069,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         fewest = min(filter(None, scoreboard.loads[:self.config.workers + 32]), default=FOREVER) if polite else FOREVER
         self.pressed = self.full() and (polite or self.pressed or comes_in_time(listener, select.POLLIN, 0))
         if self.pressed or self.count > fewest + 2:
-            self.polite_at = self.now + 0.001
+            self.polite_at = self.now + (0.1 if self.pressed else 0.001)
             return self.stop_accepting()
         for _ in range(max(1, (self.config.threads - self.in_flight - len(self.rooms[WAITING])) // 4)):
             if self.in_flight >= self.config.threads:       # the other workers get them
@@ -1243,7 +1243,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         if connection.registered:
             self.selector.unregister(connection.sock)
         del self.rooms[connection.state][connection]
-        self.count -= 1
+        self.count, self.polite_at = self.count - 1, 0.0 if self.pressed else self.polite_at    # there is a place now
         connection.sock.close()
 
     def evict(self):
