@@ -43,7 +43,6 @@ import enum
 import errno
 import fcntl
 import functools
-import html
 import http
 import importlib
 import io
@@ -1625,6 +1624,7 @@ def status_filter(global_conf, path="/status", greeting=""):
 
 
 def status(application, path, greeting, environ, start_response):
+    import html     # here, for its table of entities is half a megabyte that few will need
     if environ.get("PATH_INFO") != path:
         return application(environ, start_response)
     facts = {"greeting": greeting, "pid": os.getpid(), "workers": scoreboard.read(),
