@@ -2348,20 +2348,20 @@ def test_slow_but_steady_is_no_reason_to_end(serve):
 @pytest.mark.parametrize("path", ["/big?12000000", "/file?0,"])
 def test_slow_but_steady_readers_are_served_to_the_end(serve, path):
     """Guards: a look at what is queued. poll() says that there is room when a third of the kernel's buffer is free."""
-    server = serve(workers=1, io_timeout=0.5)
+    server = serve(workers=1, io_timeout=1)
     (server.folder / "data").write_bytes(b"x" * 12000000)
     with server.connect(receive_buffer=65536) as client:
         client.request("GET", path)
-        end = time.monotonic() + 3
+        end = time.monotonic() + 2.5
         while time.monotonic() < end:
             client.more()
-            time.sleep(0.1)  # a few hundred kilobytes a second
+            time.sleep(0.2)  # a few hundred kilobytes a second
         assert len(client.answer().body) == 12000000
 
 
 def test_slow_readers_of_next_to_nothing_end_at_io_timeout(serve):
     """A few bytes now and then are no progress: as slowhttptest -X does it."""
-    server = serve(workers=1, threads=1, io_timeout=2)
+    server = serve(workers=1, threads=1, io_timeout=1)
     with server.connect(receive_buffer=4096) as client:
         client.request("GET", "/endless?reader")
         end = time.monotonic() + DEADLINE
