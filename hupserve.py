@@ -93,7 +93,7 @@ class State(enum.IntEnum):
 class Life(enum.IntEnum):
     """Child.life, as the master sees it; Worker.life, from BOOTING on, as it knows itself. A death ends any."""
     VACANT = 0      # to be forked                    -> BOOTING (now, or after the back-off)
-    BOOTING = 1     # loads the application           -> READY (it says "ready")
+    BOOTING = 1     # loads the application           -> READY (it says "ready"), or DRAINING (a roll-back: by SIGKILL)
     READY = 2       # loaded, accepts nothing         -> SERVING (the master says "go"), or DRAINING (a roll-back)
     SERVING = 3     # accepts                         -> DRAINING (the master orders it), or LEAVING
     LEAVING = 4     # somebody's SIGTERM: accepts nothing, has said "leaving"  -> DRAINING (ordered, and replaced)
@@ -101,7 +101,7 @@ class Life(enum.IntEnum):
 
 
 class Stage(enum.Enum):
-    """Generation.stage, which the master moves. A reload is one that is BINDING or LOADING; so is the start."""
+    """Generation.stage. A reload, as the start, is Master.upcoming on its way from BINDING to CURRENT, or VOID."""
     BINDING = 0     # its new addresses               -> LOADING (it has them all), or VOID (a bind fails)
     LOADING = 1     # its workers load                -> CURRENT (all READY: commit), or VOID (a death, time, a stop)
     CURRENT = 2     # serves                          -> PAST (the next one's commit, or a stop)
@@ -112,7 +112,7 @@ class Stage(enum.Enum):
 NEW, IDLE, READING, RECEIVING, WAITING, IN_FLIGHT, CLOSING = State
 VACANT, BOOTING, READY, SERVING, LEAVING, DRAINING = Life
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
-MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCHLD)
+MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 FOREVER = float("inf")
@@ -180,9 +180,9 @@ def number(text, low, high):
 
 def log_path(text):
     """'off', '-' or a file, which is opened once here: so a commit does not fail for it."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK      # of a pipe that nobody reads: an error, no wait
-    os.close(os.open(text if text not in ("off", "-") else os.devnull, flags, 0o666))
-    return text
+    path = os.devnull if text in ("off", "-") else os.path.abspath(text)        # of a pipe that nobody reads:
+    os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666))      # an error, no wait
+    return text if path == os.devnull else path
 
 
 def path_in_folder(text):
@@ -350,7 +350,7 @@ class Listener(socket.socket):
         a filter that drops each SYN a client is not heard, and asks again after the close. The queue stays."""
         if sys.platform == "linux" and self.family != socket.AF_UNIX:
             code = struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 2, 6, 0, 0, 0, 6, 0, 0, 0xffffffff)
-            drop_syn, so_attach_filter = array.array("B", code), 26     # BPF: load byte 13; has it 2? 0 bytes; all
+            drop_syn, so_attach_filter = array.array("B", code), 26     # BPF: load TCP's flags; SYN? 0 bytes; all
             with contextlib.suppress(OSError):
                 self.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("@HP", 4, drop_syn.buffer_info()[0]))
 
@@ -410,7 +410,7 @@ def comes_in_time(source, event, seconds):
 
 
 def again_at(before, now, what, error):
-    """The system has no more to give -> when to try again: a pause, not a spin. Logged once (before is 0.0, then)."""
+    """The system gives no more -> when to try again. before: the last such time; 0.0, and only then logged, if none."""
     if not before:
         log.error("cannot %s: %s; trying again every %g s", what, reason_of(error), PAUSE)
     return now + PAUSE
@@ -489,7 +489,7 @@ MAX_HEAD = 65536            # bytes of a head (431), of all chunk extensions (40
 MAX_FIELDS = 100            # of a head, and of trailers (431)
 SMALL_BODY = 65536          # bytes: an announced body up to this is read before a thread is taken
 SKIPPABLE = 262144          # bytes, at most, in which the end of an unread body is looked for, to keep the connection
-PIECE = 16384               # bytes read at once: to take a chunk, even of a byte, off the buffer copies what is behind
+PIECE = 16384               # bytes read at once: not more, for to take a chunk off the buffer copies all that is behind
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 AUTHORITY = r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?"
@@ -610,7 +610,7 @@ class Connection:
     buffer = b""                # what has arrived and is not used yet
     scanned = 0                 # bytes of the buffer in which no end of a head was found
     request: Any = None         # a Request, once its head is complete
-    keep, linger = False, True  # the exchange's decision; may its client still be sending when it is closed?
+    keep, linger, asked = False, True, False    # kept? may the client still be sending? has a drain looked behind?
 
     def __init__(self, sock, client, base, tls):        # base: the part of the environ that all its requests have
         self.sock, self.client, self.base, self.tls = sock, client, base, tls
@@ -637,8 +637,7 @@ class Connection:
                 data += self.sock.recv(PIECE)
         except WOULD_BLOCK:
             return None
-        except OSError as error:
-            log.debug("%s: %s", self.client, reason_of(error))
+        except OSError:
             return 0
         self.buffer += data
         return len(data)
@@ -691,7 +690,7 @@ class Body(io.RawIOBase):
             if self.chunked and not self.left:
                 self.begin_chunk()
             target = memoryview(target)[:self.left]
-            if self.left and not self.connection.buffer:
+            if target and not self.connection.buffer:
                 count = self.fill(target)       # to its place at once: a detour costs as much again, and memory
             else:
                 count = min(len(target), len(self.connection.buffer))
@@ -736,9 +735,9 @@ class Body(io.RawIOBase):
         refuse_if(not came, 400, "the body was cut short")
         return came
 
-    def what_follows(self):
+    def what_follows(self, ask):
         """-> the input behind it, if all is here. Found out on a copy whose input ends there: it may yet be read."""
-        while len(self.connection.buffer) < SKIPPABLE and self.connection.receive():
+        while ask and len(self.connection.buffer) < SKIPPABLE and self.connection.receive():
             pass
         trial, copy = Body(self.exchange), types.SimpleNamespace(buffer=self.connection.buffer, receive=lambda *_: 0)
         trial.__dict__.update(vars(self), connection=copy)
@@ -772,9 +771,8 @@ def begin_head(status, headers, second):
 
 class Exchange(socketserver.BaseRequestHandler):
     """One request and its response, in a thread. What socketserver calls request is a Connection; server, a Worker."""
-    status = ""                         # of the response, as the application gave it
     left: Optional[int] = None          # bytes of body that its Content-Length still allows
-    sent, head_sent, chunked = 0, False, False      # bytes of body; is the head on the wire? is the body in chunks?
+    status, sent, head_sent, chunked = "", 0, False, False      # its status line; bytes of body; head sent? in chunks?
 
     def handle(self):
         connection, request, config = self.request, self.request.request, self.server.config
@@ -847,8 +845,8 @@ class Exchange(socketserver.BaseRequestHandler):
         if no_body:
             self.left = 0
         if self.keep:       # in a drain only for what is here already: that is answered, too
-            rest = self.body.what_follows() if self.body else connection.buffer
-            ask = connection.since < self.server.drain_at       # later not: else who is always one ahead could stay
+            ask, connection.asked = not connection.asked, self.server.life >= LEAVING   # once: else who is ahead stays
+            rest = self.body.what_follows(ask) if self.body else connection.buffer
             self.keep = rest is not None and bool(self.server.life < LEAVING or rest or ask and connection.receive())
         self.head_sent = True
         last = b"\r\nConnection: close" if not self.keep else b"" if request.http11 else b"\r\nConnection: keep-alive"
@@ -866,7 +864,6 @@ class Exchange(socketserver.BaseRequestHandler):
             self.left -= len(data)
 
     def send(self, data):
-        """All of the bytes. Raises Refusal, as push() does."""
         data = memoryview(data) if len(data) > PIECE else data      # of less what is left is copied, mostly nothing
         while data:
             data = data[self.push(self.request.sock.send, data):]
@@ -880,24 +877,28 @@ class Exchange(socketserver.BaseRequestHandler):
             except WOULD_BLOCK:     # there is "room" when a third of the kernel's megabytes is free: it may take long
                 room, queued = False, FOREVER
                 while not room:
-                    before, queued = queued, struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
+                    before, queued = queued, 0
+                    if sys.platform == "linux":     # elsewhere a timeout is the end
+                        queued = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
                     refuse_if(queued > before - TRICKLE, 408, "the client takes nothing")
                     room = comes_in_time(sock, select.POLLOUT, self.server.config.io_timeout)
             except OSError as error:
+                if arguments[1:] and not self.sent:
+                    return 0        # sendfile() cannot: it has to be read
                 raise Refusal(408, f"client gone: {reason_of(error)}") from None
 
     def send_file(self, file):
         """From where it stands to its end -> False: it has to be read. (A GzipFile's descriptor is no plain file's.)"""
         plain = type(getattr(file, "raw", file)) is io.FileIO and os.path.isfile(file.fileno())
         start, size = (file.tell(), os.path.getsize(file.fileno())) if plain else (0, 0)
-        if start >= size or self.head_sent or self.request.tls:
+        if start >= size or self.head_sent or self.request.tls or not hasattr(os, "sendfile"):
             return False
         self.send(self.head(size - start))
         ends = self.request.sock.fileno(), file.fileno()
-        while self.left and (count := self.push(os.sendfile, *ends, start + self.sent, self.left)):     # 0: it shrank
+        while self.left and (count := self.push(os.sendfile, *ends, start + self.sent, min(self.left, 2**30))):
             self.sent += count
             self.left -= count
-        return True
+        return self.sent > 0 or not self.left
 
     def fail(self, refusal):
         """Answer with a status of ours, if nothing is on the wire yet; the connection ends either way."""
@@ -923,7 +924,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
     in_flight = 0                       # requests from dispatch() to take_back(); the main thread alone counts
     count = served = threads = 0        # connections open, requests answered, threads started
     now = accept_at = close_at = polite_at = thread_at = report_at = 0.0    # the time; not before these
-    drain_at = give_up_at = explain_at = FOREVER    # since when it drains, and until when; when it tells why
+    give_up_at = explain_at = FOREVER   # of a drain, once the master has ordered it
     facts: dict = {}                    # as last reported
 
     def __init__(self, generation, number, slot, line, bell):
@@ -1030,7 +1031,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         """dropped: addresses that nobody takes over: close() would reset who is queued. grace: seconds for the idle."""
         listened, self.close_at = self.life >= SERVING, self.now + min(grace, HANDSHAKE)
         if self.life != DRAINING:           # a later order only shortens the grace
-            self.life, self.drain_at, self.explain_at = DRAINING, self.now, self.now + DRAIN_REPORT
+            self.life, self.explain_at = DRAINING, self.now + DRAIN_REPORT
             self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
             self.stop_accepting()
             for listener, (text, _) in list(self.listeners.items()):
@@ -1066,7 +1067,7 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
         """A few at a time, if there are threads free: of many that come at once the other workers get their share. The
         polite, where one of these has fewer connections, leave them to it for a moment; the full leave them queued."""
         fewest = min(filter(None, scoreboard.loads[:self.config.workers + 32]), default=FOREVER) if polite else FOREVER
-        self.pressed = self.full() and (polite or self.pressed or comes_in_time(listener, select.POLLIN, 0))
+        self.pressed = self.full() and any(comes_in_time(each, select.POLLIN, 0) for each in self.listeners)
         if self.pressed or self.count > fewest + 2:
             self.polite_at = self.now + (0.1 if self.pressed else 0.001)
             return self.stop_accepting()
@@ -1302,7 +1303,7 @@ def run_worker(generation, number, slot, line):
     bell = Bell()
     for signum in MASTER_SIGNALS:
         signal.signal(signum, signal.SIG_DFL)   # until it serves, it dies of TERM at once
-    bell.hang((signal.SIGHUP, signal.SIGINT, signal.SIGUSR1))
+    bell.hang((signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN))
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)    # SIGIO ends it, if the master ends while it loads
@@ -1372,7 +1373,7 @@ class Master:
             with contextlib.suppress(OSError):
                 self.terminal = io.FileIO(os.ctermid())
         self.adopted, self.bell = adopt(), Bell()
-        self.bell.hang(MASTER_SIGNALS)
+        self.bell.hang((*MASTER_SIGNALS, signal.SIGUSR2, signal.SIGTTIN))       # two that would end, or stop, it
         self.children, self.numbers = {}, itertools.count()     # {pid: Child}, of all generations; their numbers
         # The one that serves, and the one that a reload prepares. The start is a reload, too: from nothing, number 0.
         self.current = Generation(next(self.numbers), config._replace(listen={}, pidfile=""))
@@ -1387,8 +1388,7 @@ class Master:
             self.advance()
             self.tend()
         self.release_pidfile(self.current.config.pidfile)
-        if self.current.number:
-            log.info("stopped")
+        log.log(logging.INFO if self.current.number else logging.DEBUG, "stopped")
         return self.status
 
     def wait(self):
@@ -1490,7 +1490,7 @@ class Master:
             use_logs(new.config)
         except OSError as error:
             name, files = error.filename or text, ("pidfile", "log_file", "access_log")
-            key = next((key for key in files if os.path.abspath(getattr(new.config, key)) == name), "listen")
+            key = next((key for key in files if getattr(new.config, key) == name), "listen")
             return self.roll_back(f"{new.config.ini.path}: [server:main] {key}: {name}: {reason_of(error)}")
         self.current, new.stage = new, Stage.CURRENT
         self.tend()     # "go" to the new, before settle() says "drain" to the old

@@ -859,10 +859,11 @@ def test_2_what_has_begun_is_answered_across(serve, how):
         assert len(server.workers()) == 1
 
 
-def test_2_but_who_is_always_one_request_ahead_holds_no_worker(serve):
+@pytest.mark.parametrize("ahead", [b"GET /nap HTTP/1.1\r\nHost: test\r\n\r\n",
+                                   b"POST /nap HTTP/1.1\r\nHost: test\r\nContent-Length: 2\r\n\r\nxx"])
+def test_2_but_who_is_always_one_request_ahead_holds_no_worker(serve, ahead):
     """Guards: one look for what has come behind. It is answered; what comes later meets a Connection: close."""
     server = serve(workers=1)
-    ahead = b"GET /nap HTTP/1.1\r\nHost: test\r\n\r\n"
     with server.connect() as client:
         client.send(ahead + ahead)
         server.signal()
@@ -871,6 +872,23 @@ def test_2_but_who_is_always_one_request_ahead_holds_no_worker(serve):
             assert time.monotonic() < end
             with contextlib.suppress(ConnectionError):
                 client.send(ahead)
+
+
+def test_2_and_who_waited_for_a_thread_is_asked_too(serve):
+    """Guards: the look for what has come behind a request that was waiting when the drain began."""
+    server = serve(workers=1, threads=1)
+    with server.connect() as client:
+        assert client.get().status == 200
+        held = server.hold("held")
+        client.request("GET", "/first")
+        time.sleep(0.1)  # nothing outside tells when it has been read; were it too short, this would show less
+        client.request("GET", "/second")
+        server.signal()
+        until(lambda: told(held.worker))
+        server.release("held")
+        assert held.answer().status == 200
+        first, second = client.answer().json, client.answer().json
+        assert (first["PATH_INFO"], second["PATH_INFO"]) == ("/first", "/second") and client.ended()
 
 
 def test_2_long_requests_cross_two_reloads_whole(serve):
@@ -1799,9 +1817,8 @@ def test_signal_USR1_is_nothing_to_anybody(serve):
     server = serve()
     workers = server.workers()
     for _ in range(10):
-        os.killpg(server.pid, SIGUSR1)
-        for other in signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU:  # to other servers' masters they mean something
-            os.kill(server.pid, other)
+        for signum in SIGUSR1, signal.SIGUSR2, signal.SIGTTIN:  # to other servers they mean something
+            os.killpg(server.pid, signum)
         assert server.get().status == 200
     assert server.workers() == workers
 
