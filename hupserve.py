@@ -616,8 +616,7 @@ class Connection:
         self.sock, self.client, self.base, self.tls = sock, client, base, tls
 
     @property
-    def line(self):
-        """The request's first line, or what has come of it, as fit for a log."""
+    def line(self):     # the request's first, or what has come of it, as fit for a log
         return self.request.line if self.request else escaped(self.buffer[:80].split(b"\r\n")[0].decode("latin-1"))
 
     def log_access(self, status, sent):
@@ -637,7 +636,8 @@ class Connection:
                 data += self.sock.recv(PIECE)
         except WOULD_BLOCK:
             return None
-        except OSError:
+        except OSError as error:
+            log.debug("%s: %s", self.client, reason_of(error))
             return 0
         self.buffer += data
         return len(data)

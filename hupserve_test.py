@@ -791,7 +791,7 @@ def test_1_nor_when_200_and_then_10000_sighups_come_in_a_row(serve):
 
 def test_1_an_idle_connection_gets_its_grace(serve):
     """Guards: idle_grace. Who speaks within it is answered, with Connection: close; who does not is closed."""
-    server = serve(workers=1, idle_grace=3)
+    server = serve(workers=1, idle_grace=4)
     fresh, speaks, silent = server.connect(), server.connect(), server.connect()
     old = speaks.get().json["pid"]
     assert silent.get().json["pid"] == old
