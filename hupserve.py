@@ -883,7 +883,7 @@ class Exchange(socketserver.BaseRequestHandler):
                     refuse_if(queued > before - TRICKLE, 408, "the client takes nothing")
                     room = comes_in_time(sock, select.POLLOUT, self.server.config.io_timeout)
             except OSError as error:
-                if arguments[1:] and not self.sent:
+                if send != sock.send and not self.sent:
                     return 0        # sendfile() cannot: it has to be read
                 raise Refusal(408, f"client gone: {reason_of(error)}") from None
 
@@ -1624,13 +1624,13 @@ def status_filter(global_conf, path="/status", greeting=""):
 
 
 def status(application, path, greeting, environ, start_response):
-    import html     # here, for its table of entities is half a megabyte that few will need
     if environ.get("PATH_INFO") != path:
         return application(environ, start_response)
     facts = {"greeting": greeting, "pid": os.getpid(), "workers": scoreboard.read(),
              "generation": environ.get("hupserve.generation"), "worker": environ.get("hupserve.worker")}
     if "format=json" in environ.get("QUERY_STRING", "") or "application/json" in environ.get("HTTP_ACCEPT", ""):
         return answer(start_response, "200 OK", json.dumps(facts), "application/json")
+    import html     # here, for its table of entities is half a megabyte that few will need
     rows = ""
     for worker in facts["workers"]:
         worker["waits_for"] = "\n".join("{client} {request} {age} s".format(**wait) for wait in worker["waits_for"])
