@@ -1,38 +1,68 @@
 #!/usr/bin/env python3
-"""hupserve: a WSGI server that takes up a new configuration and loses no request doing so.
+"""hupserve: a WSGI server that switches to a new configuration without losing a request.
 
     python hupserve.py example.ini          serve
     kill -HUP <pid of the master>           reload: new workers, new code, new settings
 
-It promises that between its first answer and its stop no client is refused or reset, and that no request which has
-begun to arrive goes without an answer (but for drain_timeout, and RFC 9112 section 9.5): whatever is reloaded, right
-or wrong. It leaves to others: HTTP/2, websockets, async applications, privileges, static files at scale.
+The promise. From its first answer to its stop no client is refused or reset, and every request
+that has begun to arrive is answered, even if the new configuration is wrong. Two exceptions:
+
+- drain_timeout, where it is set, cuts short the requests that take longer.
+- A request that is sent at the very moment its idle connection is closed is lost, as everywhere
+  in HTTP/1.1 (RFC 9112 section 9.5). The connection is read once more just before it is closed,
+  so this window is one system call wide. A reload does not widen it.
+
+Left to others: HTTP/2, websockets, async applications, privileges, static files at scale.
+
+Who is who:
 
     operator --signals--> MASTER    owns the listeners, starts and counts the workers; runs no
                           |    ^    application code and no thread, so it can fork for years
        go, drain (line)   v    |    ready, leaving, failed (line)
                         WORKER      its main thread owns every connection that is not in flight:
                           |    ^    it accepts, reads, waits, expires, closes
-     request (head read)  v    |    connection, answered
+     a complete request   v    |    the connection, answered
                         THREADS     run the application: one request, one response
 
 A reload. A generation is the workers started from one reading of the configuration.
 
-    master        SIGHUP: read, bind, fork ....... every new worker is ready: commit
-    old workers   serve .........................................| drain: finish what has begun, leave
-    new workers                    load the application ....ready| serve
-                  a mistake found up to here is a roll-back: nothing has changed
+    master        SIGHUP: read, bind, fork ...... every new worker is ready: commit
+    old workers   serve ........................................| drain: finish what has begun, go
+    new workers                    load the application ...ready| serve
+                  a mistake before the commit rolls back: nothing has changed
 
-    signal        to the master                          to a worker
-    HUP           reload (its terminal is gone: stop)    drain if the master ordered it, else a log line
-    TERM, QUIT    stop when all requests are answered    ask for a replacement, drain and leave
-    INT           as TERM, without grace for the idle    nothing: the master speaks for it
-    a second one  stop at once                           nothing
-    USR1          nothing: logs follow their rotation    nothing
+    signal         to the master                       to a worker
+    HUP            reload                              drain if ordered by the master, else log it
+    TERM, QUIT     stop when everything is answered    ask for a replacement, drain and leave
+    INT            as TERM, without grace for the idle ignored: Ctrl-C reaches the master too
+    a second stop  stop at once                        ignored
+    USR1           ignored: logs follow their rotation ignored
+
+Four rules make it safe. The code refers to them by number.
+
+1. A connection has one owner. The main thread owns it until it puts it into `jobs`; a request
+   thread owns it until it puts it into `returned`; then the main thread owns it again. Only the
+   owner reads, writes or parses. (append and popleft of a deque are atomic.)
+2. The main thread alone registers and closes sockets. A descriptor that is closed elsewhere could
+   be in use again before the selector hears of it.
+3. What can fail happens before the commit, and nothing before it is visible to a client. (listen()
+   is the last step. Should it fail at the second of two new addresses, clients of the first are
+   reset.)
+4. For a dropped address the master closes its copy first, then orders. The worker empties the
+   queue and closes the last copy. In this order nobody who is queued is reset.
+
+The parts. Part I alone is the reload; it can be read without the others.
+
+    I    The reload      the states; the master; the worker's side: boot, obey, drain, leave
+    II   Serving         one thread owns the sockets, the others run the application
+    III  One exchange    RFC 9110, RFC 9112 and PEP 3333: read a request, send a response
+    IV   Tools           bell, line, listeners, scoreboard, fork guards
+    V    The operator    configuration, logs, pidfile, systemd, status and demo, command line
 """
 
+from __future__ import annotations
+
 import argparse
-import array
 import atexit
 import collections
 import configparser
@@ -68,573 +98,753 @@ import termios
 import threading
 import time
 import traceback
-import types
 import urllib.parse
 import wsgiref.util
-from typing import Any, Optional
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, cast
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 log = logging.getLogger("hupserve")
 access_log = logging.getLogger("hupserve.access")
 
-
-# ---- Words: the states of a connection, a worker and a reload, and what moves them ----
-class State(enum.IntEnum):
-    """Where a connection is (Worker.move()). Its deadline or its client's end ends it, but in WAITING and IN_FLIGHT."""
-    NEW = 0         # nothing of a first request has come (nor all of a TLS handshake)
-    IDLE = 1        # kept alive, and nothing of a next request has come
-    READING = 2     # a part of a head has come
-    RECEIVING = 3   # the head, but not all of its short, announced body
-    WAITING = 4     # all that is read beforehand         -> IN_FLIGHT (a thread is free)
-    IN_FLIGHT = 5   # in jobs, in a thread or returned    -> IDLE, or READING to WAITING, if more has come; or CLOSING
-    CLOSING = 6     # refused, or answered for the last time: our side is shut down, input is discarded  -> closed
+Environ = dict[str, Any]
+Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
+# What the sockets of one address bind: (family, what socket.bind() takes) each.
+Binds = tuple[tuple[int, Any], ...]
+FOREVER = float("inf")
 
 
+# ==================================================================================================
+# Part I: the reload
+#
+# The master and its workers are processes. They talk over a line, a socketpair for each worker:
+# "ready", "leaving" and "failed" go up, "go" and "drain" come down. What follows are the states of
+# a worker and of a generation, then the master, then the worker's side.
+# ==================================================================================================
 class Life(enum.IntEnum):
-    """Child.life, as the master sees it; Worker.life, from BOOTING on, as it knows itself. A death ends any."""
-    VACANT = 0      # to be forked                    -> BOOTING (now, or after the back-off)
-    BOOTING = 1     # loads the application           -> READY (it says "ready"), or DRAINING (a roll-back: by SIGKILL)
-    READY = 2       # loaded, accepts nothing         -> SERVING (the master says "go"), or DRAINING (a roll-back)
-    SERVING = 3     # accepts                         -> DRAINING (the master orders it), or LEAVING
-    LEAVING = 4     # somebody's SIGTERM: accepts nothing, has said "leaving"  -> DRAINING (ordered, and replaced)
-    DRAINING = 5    # finishes what it has begun      -> gone; its successor, if any, is there already
+    """A worker's life. Dying ends every state.
+
+    Child.enter() changes it in the master's books, WorkerLife.enter() in the worker.
+    """
+
+    # fmt: off
+    VACANT = 0    # a place without a worker       -> BOOTING: forked, now or after the back-off
+    BOOTING = 1   # loads the application          -> READY: it says "ready"
+    #                                              -> DRAINING, in the books: it is killed
+    READY = 2     # has loaded, accepts nothing    -> SERVING: the master says "go"
+    #                                              -> DRAINING: a roll-back or a stop orders it
+    SERVING = 3   # accepts                        -> LEAVING: got a SIGTERM, says "leaving"
+    #                                              -> DRAINING: the master orders it
+    LEAVING = 4   # accepts nothing, answers close -> DRAINING: ordered, and a successor is forked
+    DRAINING = 5  # finishes what it has begun     -> gone
+    # fmt: on
 
 
 class Stage(enum.Enum):
-    """Generation.stage. A reload, as the start, is Master.upcoming on its way from BINDING to CURRENT, or VOID."""
-    BINDING = 0     # its new addresses               -> LOADING (it has them all), or VOID (a bind fails)
-    LOADING = 1     # its workers load                -> CURRENT (all READY: commit), or VOID (a death, time, a stop)
-    CURRENT = 2     # serves                          -> PAST (the next one's commit, or a stop)
-    PAST = 3        # its workers drain, or are gone
-    VOID = 4        # rolled back: no client has seen it
+    """A generation's life; Generation.enter() alone changes it.
+
+    A reload is a generation, Master.upcoming, on its way from BINDING to CURRENT or to VOID. The
+    start is a reload, too: from a generation 0 without addresses.
+    """
+
+    # fmt: off
+    BINDING = 0   # its new addresses are being bound  -> LOADING: all are bound
+    #                                                  -> VOID: a bind fails, or a stop
+    LOADING = 1   # its workers load the application   -> CURRENT: every worker is READY, the commit
+    #                                                  -> VOID: a worker dies, boot_timeout, a stop
+    CURRENT = 2   # serves                             -> PAST: the next one's commit, or a stop
+    PAST = 3      # its workers drain or are gone
+    VOID = 4      # rolled back: no client has seen it
+    # fmt: on
+
+
+# What wins when events coincide, from the strongest:
+#
+#   a second stop          kills every worker.
+#   a stop                 ends a reload that has not committed, and drains everybody.
+#   a worker's death       rolls the reload back if its generation is loading; else it is replaced.
+#   a reload's commit      drains the leaving workers of the old generation like all others;
+#                          they need no successor any more.
+#   a reload that loads    goes on while workers of the current generation are replaced.
+#   a worker that leaves   is replaced.
+
+VACANT, BOOTING, READY, SERVING, LEAVING, DRAINING = Life
+
+STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
+MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+# Left alone they would end or stop a process. A background job that writes gets a TTIN's sibling
+# TTOU; with a handler for it write() would begin again for ever, so it is not among these.
+IGNORED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN)
+
+TICK = 20  # ms between two looks while a reload or a replacement is under way
+BIND_PATIENCE = 1.0  # seconds for an old worker to close an address that comes back
+BACK_OFF = (0, 0.2, 0.4, 0.8, 1.6, 3.2, 5)  # seconds before a worker that died is replaced
+STEADY = 10.0  # seconds: a worker that has served for longer is replaced at once
+DRAIN_REPORT = 30.0  # seconds between two log lines on what a draining worker waits for
+EXIT_TIME = 10  # seconds for the application's exit functions
+LONGEST_REASON = 500  # characters of an exception's text that go up the line
+
+
+class Child:
+    """(master) One of a generation's places for a worker and, once forked, the worker in it."""
+
+    life = VACANT
+    since = 0.0  # when it came to this state, in time.monotonic() seconds
+    pid = 0
+    slot = 0  # its place in the scoreboard
+    line: Line
+    failure: tuple[int, str] | None = None  # exit status and reason, which it said before it died
+
+    def __init__(self, generation: Generation, number: int, deaths: int = 0, fork_at: float = 0.0):
+        self.generation = generation
+        self.number = number
+        self.deaths = deaths  # of its predecessors, in a row
+        self.fork_at = fork_at  # the back-off: not before
+
+    def enter(self, life: Life) -> None:
+        """The one place where a worker's life changes in the master's books."""
+        self.life = life
+        self.since = time.monotonic()
+
+    def hear(self) -> None:
+        """Note what the worker has said. What it said before it heard an order to drain is past."""
+        for word, *arguments in self.line.hear():
+            if word == "failed":
+                status, reason = arguments
+                self.failure = (status, reason)
+            elif word == "ready" and self.life == BOOTING:
+                self.enter(READY)
+            elif word == "leaving" and self.life == SERVING:
+                self.enter(LEAVING)
+
+    def order_to_drain(self, dropped: Iterable[str]) -> None:
+        """Tell the worker, once. `dropped` are the addresses whose queue nobody inherits."""
+        self.line.say("drain", sorted(dropped), self.generation.config.idle_grace)
+        self.enter(DRAINING)
+
+    def successor(self, now: float) -> Child:
+        """-> the place that takes over from this one, after the back-off."""
+        was_steady = self.life == SERVING and now - self.since > STEADY
+        deaths = 0 if was_steady or self.life == LEAVING else self.deaths
+        pause = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]
+        return Child(self.generation, self.number, deaths + 1, now + pause)
+
+
+class Generation:
+    """(master) The workers of one reading of the configuration, and what they listen on."""
+
+    stage = Stage.BINDING
+
+    def __init__(
+        self,
+        number: int,
+        config: Config,
+        adopted: Collection[tuple[int, Any]] = (),
+        kept: Mapping[str, list[Listener]] | None = None,
+    ):
+        """adopted: what systemd's sockets are bound to. kept: the old generation's listeners."""
+        self.number = number
+        self.config = config
+        self.begun_at = time.monotonic()
+        kept = kept or {}
+        self.listeners = {address: kept[address] for address in config.listen if address in kept}
+        # Their queue is systemd's, and outlives us.
+        self.borrowed = {
+            address
+            for address, binds in config.listen.items()
+            if not set(binds).isdisjoint(adopted)
+        }
+        self.children: list[Child] = []  # by number, from LOADING on
+        # Each worker's open connections and 1, by number; 0 while it accepts none. All of them read
+        # it to leave a newcomer to the one that has the fewest.
+        shared_memory = mmap.mmap(-1, 4 * config.workers)
+        self.loads = memoryview(shared_memory).cast("I")
+
+    def enter(self, stage: Stage) -> None:
+        """The one place where a generation's stage changes."""
+        self.stage = stage
+
+
+class Master:
+    """The process that the operator started. It sits in one poll() all its life."""
+
+    sighup_waits = False  # one that no reload has taken up yet
+    stopping = False
+    now = 0.0  # time.monotonic() at the last wake-up
+
+    def __init__(self, config: Config):
+        # A --check has no address. It counts as failed until it has succeeded.
+        self.status = 0 if config.listen else 2
+        self.notify_socket = take_notify_socket()
+        self.adopted = adopt_listeners()
+        self.bell = Bell()
+        self.bell.handle(*MASTER_SIGNALS, *IGNORED_SIGNALS)
+        self.fork_pause = Pause("start a worker")
+        self.children: dict[int, Child] = {}  # by pid: every living worker of every generation
+        self.generation_numbers = itertools.count()
+        nothing = config._replace(listen={}, pidfile="")
+        self.current = Generation(next(self.generation_numbers), nothing)
+        self.upcoming: Generation | None = Generation(
+            next(self.generation_numbers), config, self.adopted
+        )
+
+    def run(self) -> int:
+        """-> exit status. Each step looks at what is and does what is due; only wait() waits."""
+        while self.children or not self.stopping:
+            self.wait()
+            # Before reap(): this empties the bell, so a death from here on rings it again.
+            self.obey()
+            self.reap()
+            self.advance_reload()
+            self.maintain_workers()
+        release_pidfile(self.current.config.pidfile)
+        log.log(logging.INFO if self.current.number else logging.DEBUG, "stopped")
+        return self.status
+
+    def wait(self) -> None:
+        """Sleep until a signal or a worker's word comes, then hear all workers.
+
+        They are heard before obey(). If every process got a TERM, ours is obeyed in this round,
+        before maintain_workers() replaces a leaving worker.
+        """
+        # No epoll: it would be shared over fork, and a child that unregisters would deafen us.
+        poll = select.poll()
+        poll.register(self.bell, select.POLLIN)
+        for child in self.children.values():
+            if not child.line.ended:
+                poll.register(child.line, select.POLLIN)
+        poll.poll(TICK if self.something_is_under_way() else None)
+        self.now = time.monotonic()
+        for child in self.children.values():
+            child.hear()
+
+    def something_is_under_way(self) -> bool:
+        """Can something come due without a signal or a word: a reload, a worker to be forked?"""
+        if self.sighup_waits or self.upcoming:
+            return True
+        return any(child.life < SERVING for child in self.current.children)
+
+    # What comes from the operator
+    def obey(self) -> None:
+        for signum in self.bell.take_signals():
+            if signum in STOPS and self.stopping:
+                self.stop_by_force()
+            elif signum in STOPS:
+                self.stop(signal.Signals(signum))
+            elif signum == signal.SIGHUP and not self.stopping:
+                self.sighup_waits = True
+
+    def stop(self, signum: signal.Signals) -> None:
+        """A stop is a reload to a configuration without addresses. It keeps the pidfile so far."""
+        self.stopping = True
+        self.sighup_waits = False
+        self.notify(
+            "STOPPING=1", f"{signum.name}: stopping, when every request that has begun is answered"
+        )
+        nothing = self.current.config._replace(listen={})
+        self.settle(Generation(self.current.number, nothing), self.upcoming, self.current)
+        if signum == signal.SIGINT:  # a second order, which takes the idle connections' grace away
+            for child in self.children.values():
+                child.line.say("drain", [], 0)
+
+    def stop_by_force(self) -> None:
+        log.warning("stopped by force")
+        self.status = self.status or 1
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+
+    # What comes from below
+    def reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:  # there is no child at all
+                return
+            if pid == 0:
+                return
+            if pid in self.children:  # if not, we are process 1, and it is somebody's orphan
+                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))
+
+    def bury(self, child: Child, code: int) -> None:
+        """A worker has ended. Does that end a reload, must it be replaced, or was it to go?"""
+        child.hear()  # its last words
+        child.line.sock.close()
+        scoreboard.write(child.slot, None)
+        child.generation.loads[child.number] = 0
+        kind = "status" if code >= 0 else "signal"
+        end = f"worker {child.number} (pid {child.pid}) ended with {kind} {abs(code)}"
+        status, reason = child.failure or (1, end)
+        if child.generation.stage == Stage.LOADING:
+            self.roll_back(reason, status)
+        elif child.life != DRAINING:
+            pause = self.replace(child).fork_at - self.now
+            log.error("%s; it is replaced in %g s", reason, pause)
+        elif code and child.generation.stage != Stage.VOID:
+            log.warning("%s, of generation %d", end, child.generation.number)
+
+    def replace(self, child: Child) -> Child:
+        """-> the successor, in the child's place."""
+        successor = child.successor(self.now)
+        child.generation.children[child.number] = successor
+        return successor
+
+    # The reload
+    def advance_reload(self) -> None:
+        """Move the reload on as far as it goes. A SIGHUP meanwhile is remembered, once."""
+        if self.sighup_waits and not self.upcoming:
+            self.begin_reload()
+        new = self.upcoming
+        if new is None:
+            return
+        if new.stage == Stage.BINDING:
+            self.bind(new)
+        elif all(child.life == READY for child in new.children):
+            self.commit(new)
+        elif self.now > new.begun_at + new.config.boot_timeout:
+            limit = f"{new.config.boot_timeout:g} s (boot_timeout)"
+            self.roll_back(f"not every worker was ready within {limit}")
+
+    def begin_reload(self) -> None:
+        self.sighup_waits = False
+        clock = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
+        self.notify(f"RELOADING=1\n{clock}", "SIGHUP: reloading")
+        try:
+            config = read_config(self.current.config.ini.path)
+        except ConfigError as error:
+            self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
+            return
+        number = next(self.generation_numbers)
+        self.upcoming = Generation(number, config, self.adopted, self.current.listeners)
+
+    def bind(self, new: Generation) -> None:
+        """Bind the new addresses. One that stays keeps its sockets, and with them its queue."""
+        for address, binds in new.config.listen.items():
+            if address in new.listeners:
+                continue
+            try:
+                self.refuse_overlap(binds)
+                new.listeners[address] = open_listeners(binds, self.adopted)
+            except OSError as error:
+                patience = self.now < new.begun_at + BIND_PATIENCE
+                if error.errno == errno.EADDRINUSE and patience:
+                    return  # an old worker may be about to close it: try again in the next round
+                self.roll_back(mistake(new.config, "listen", f"{address}: {reason_of(error)}"))
+                return
+        new.children = [Child(new, number) for number in range(new.config.workers)]
+        new.enter(Stage.LOADING)
+
+    def refuse_overlap(self, binds: Binds) -> None:
+        for other in self.current.listeners:
+            if overlap(binds, self.current.config.listen[other]):
+                raise OSError(errno.EEXIST, f"overlaps {other}, which is being served")
+
+    def commit(self, new: Generation) -> None:
+        """Every new worker is ready, none has accepted anything: the new generation takes over."""
+        old = self.current
+        if not new.config.listen:  # this was a --check
+            self.roll_back(f"{new.config.ini.path}: good", 0)
+            return
+        try:
+            claim_pidfile(new.config, self.children)
+            self.listen(new, old)
+            use_logs(new.config)
+        except ConfigError as error:
+            self.roll_back(str(error))
+            return
+        self.current = new
+        self.upcoming = None
+        new.enter(Stage.CURRENT)
+        self.maintain_workers()  # says "go" to the new workers, before the old ones are to drain
+        self.settle(new, old)
+        if old.number == 0:
+            announce(new)
+        self.notify("READY=1", f"generation {new.number} serves with {count_workers(new.config)}")
+
+    def listen(self, new: Generation, old: Generation) -> None:
+        """The new addresses before the kept ones, which take a new backlog from it."""
+        added = [address for address in new.listeners if address not in old.listeners]
+        kept = [address for address in new.listeners if address in old.listeners]
+        for address in added + kept:
+            try:
+                for listener in new.listeners[address]:
+                    if address in added:
+                        listener.refuse_if_replaced()
+                    listener.listen(new.config.backlog)
+            except OSError as error:
+                reason = f"{address}: {reason_of(error)}"
+                raise ConfigError(mistake(new.config, "listen", reason)) from None
+
+    def roll_back(self, reason: str, status: int = 1) -> None:
+        """Nothing has changed: the old generation has never stopped serving."""
+        self.settle(self.current, self.upcoming)
+        if self.current.number:
+            self.notify("READY=1", f"reload rolled back: {reason}", logging.ERROR)
+            return
+        # It was the start, or a --check.
+        self.stopping = True
+        self.status = max(status, self.status) if status else 0
+        tell(reason)
+
+    def settle(self, heir: Generation, *others: Generation | None) -> None:
+        """A commit, a roll-back and a stop all end here: let go of what only the others have.
+
+        This is rule 4. Close the dropped addresses here first, then order their workers to drain.
+        Those accept the whole queue and close the last copy. If ours were still open then, clients
+        would go on queueing on it, and its close would reset them.
+        """
+        self.current = heir
+        self.upcoming = None
+        for generation in filter(None, others):
+            was_current = generation.stage == Stage.CURRENT
+            generation.enter(Stage.PAST if was_current else Stage.VOID)
+            dropped = generation.listeners.keys() - heir.listeners.keys()
+            for address in dropped:
+                close_listeners(generation.listeners[address])
+            if generation.config.pidfile != heir.config.pidfile:
+                release_pidfile(generation.config.pidfile)
+            for child in self.children.values():
+                if child.generation is generation and child.life != DRAINING:
+                    self.end(child, dropped - generation.borrowed)
+
+    def end(self, child: Child, dropped: Collection[str]) -> None:
+        """Order a worker to drain, or kill it if it has not loaded yet.
+
+        The order is written before the signal is sent. So a worker that hears the signal finds the
+        order at the start of its next round, before it begins anything new. (A worker that is dead
+        keeps its pid until reap(), so the signal cannot reach a stranger.)
+        """
+        signum = signal.SIGKILL if child.life == BOOTING else signal.SIGHUP
+        child.order_to_drain(dropped)
+        os.kill(child.pid, signum)
+
+    def notify(self, state: str, outcome: str, level: int = logging.INFO) -> None:
+        """Tell the log and, if it started us, systemd, which waits for the end of each reload."""
+        log.log(level, "%s", outcome)
+        sd_notify(self.notify_socket, f"{state}\nSTATUS={outcome}")
+
+    # The workers
+    def generations(self) -> list[Generation]:
+        """-> those that may fork: the one that serves, and the one that a reload prepares."""
+        return [self.current, self.upcoming] if self.upcoming else [self.current]
+
+    def maintain_workers(self) -> None:
+        """Look at every place, and do what it needs."""
+        for generation in self.generations():
+            for child in list(generation.children):
+                if child.life == LEAVING:
+                    successor = self.replace(child)
+                    child.order_to_drain(())
+                    child = successor
+                if child.life == VACANT:
+                    self.fork_when_due(child)
+                elif child.life == BOOTING:
+                    self.end_if_overdue(child)
+                elif child.life == READY and generation.stage == Stage.CURRENT:
+                    child.line.say("go")
+                    child.enter(SERVING)
+
+    def fork_when_due(self, child: Child) -> None:
+        if self.now >= max(child.fork_at, self.fork_pause.until):
+            self.spawn(child)
+
+    def end_if_overdue(self, child: Child) -> None:
+        """A replacement has its own boot_timeout, like the workers of a reload."""
+        if self.now > child.since + child.generation.config.boot_timeout:
+            reason = f"worker {child.number} was not ready within boot_timeout"
+            child.failure = child.failure or (1, reason)
+            os.kill(child.pid, signal.SIGKILL)
+
+    def spawn(self, child: Child) -> None:
+        """Fork a worker into its place, or begin a pause if the system has no more to give."""
+        taken = {other.slot for other in self.children.values()}
+        child.slot = min({*range(Scoreboard.SLOTS)} - taken, default=0)
+        # Signals are blocked around the fork: the child must not run the master's handlers, nor
+        # lose a signal before it has its own.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            ours, theirs = socket.socketpair()
+            child.line = Line(ours)
+            child.pid = os.fork()
+            if child.pid == 0:
+                self.become_worker(child, Line(theirs))
+            theirs.close()
+            self.fork_pause.end()
+            child.enter(BOOTING)
+            self.children[child.pid] = child
+        except OSError as error:
+            self.fork_pause.begin(self.now, error)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def become_worker(self, child: Child, line: Line) -> NoReturn:
+        """(worker) Run a worker's life in the forked process. Whatever happens, end with it.
+
+        Were an exception to leave this function, the child would go on as a second master.
+        """
+        try:
+            self.close_what_is_not_for(child)
+            run_worker(child.generation, child.number, child.slot, line)
+            leave(0)
+        except ConfigError as error:
+            line.say("failed", 2, str(error))
+        except BaseException as error:  # an import may well call sys.exit()
+            log.exception("worker %d failed", child.number)
+            reason = reason_of(error, with_type=True)[:LONGEST_REASON]
+            line.say("failed", 1, f"worker {child.number} failed: {reason}")
+        finally:
+            leave(1)
+
+    def close_what_is_not_for(self, child: Child) -> None:
+        """(worker) Close the master's files, and the listeners of another generation."""
+        self.bell.reader.close()
+        self.bell.writer.close()
+        for listener in self.adopted.values():
+            listener.close()
+        child.line.sock.close()
+        for other in self.children.values():
+            other.line.sock.close()
+        mine = child.generation.listeners.keys()
+        for generation in self.generations():
+            for address in generation.listeners.keys() - mine:
+                for listener in generation.listeners[address]:
+                    listener.close()
+
+
+class WorkerLife:
+    """(worker) The worker's side of the protocol. All of it runs in the worker's main thread.
+
+    Its subclass Worker, in Part II, serves. What the protocol needs of it are the three methods at
+    the end.
+    """
+
+    life = BOOTING
+    now = 0.0  # time.monotonic() at the last wake-up
+    explain_at = FOREVER  # when a draining worker says next what it waits for
+    give_up_at = FOREVER  # drain_timeout: when it leaves whatever is in flight
+
+    def __init__(self, generation: Generation, number: int, line: Line, bell: Bell):
+        self.generation = generation
+        self.number = number
+        self.config = generation.config
+        self.line = line
+        self.bell = bell
+        self.selector = selectors.DefaultSelector()  # each key's data is the function to call
+        self.selector.register(bell, selectors.EVENT_READ)  # obey() asks it every round
+        self.selector.register(line, selectors.EVENT_READ, self.on_line)
+
+    def enter(self, life: Life) -> None:
+        """The one place where a worker's life changes, as the worker knows it."""
+        self.life = life
+
+    def drains(self) -> bool:
+        """(any thread) Is this worker on its way out? Then answers say `Connection: close`."""
+        return self.life >= LEAVING
+
+    def obey(self) -> None:
+        """Act on the signals that have come. An order was written before its SIGHUP was sent."""
+        for signum in self.bell.take_signals():
+            self.hear()
+            if signum == signal.SIGHUP and not self.drains():
+                log.warning("SIGHUP without an order from the master: serving on")
+            elif signum in (signal.SIGTERM, signal.SIGQUIT) and self.life == SERVING:
+                self.ask_to_leave(signal.Signals(signum).name)
+
+    def ask_to_leave(self, why: str) -> None:
+        """From now on answers say close. Draining awaits the master's order."""
+        log.info("%s: asking the master for a replacement, to drain", why)
+        self.line.say("leaving")
+        self.stop_accepting()
+        self.enter(LEAVING)
+
+    def on_line(self) -> None:
+        """The master has said something, or it is gone: that is the end of the line."""
+        self.hear()
+        if self.line.ended:
+            self.selector.unregister(self.line)
+            log.error("the master is gone: draining")
+            nobody_inherits = self.generation.listeners.keys() - self.generation.borrowed
+            self.drain(nobody_inherits, self.config.idle_grace)
+
+    def hear(self) -> None:
+        """Act on the master's words."""
+        for word, *arguments in self.line.hear():
+            if word == "go":
+                self.enter(SERVING)
+                self.bell.handle(*STOPS)
+            elif word == "drain":
+                dropped, grace = arguments
+                self.drain(dropped, grace)
+
+    def drain(self, dropped: Collection[str], grace: float) -> None:
+        """Accept nothing more, finish what has begun, and leave when no connection is left.
+
+        dropped: the addresses whose queue nobody inherits. It is emptied before their close, which
+        would reset the clients in it.
+        grace: how many seconds an idle connection has left. A later order can only shorten it.
+
+        An answer under way learns of the order in Exchange.may_keep(), Part III. If it promised
+        keep-alive just before, the connection's grace starts at its end.
+        """
+        if self.life != DRAINING:
+            has_listened = self.life >= SERVING  # before "go" a socket may never have listened
+            self.enter(DRAINING)
+            self.explain_at = self.now + DRAIN_REPORT
+            if self.config.drain_timeout:
+                self.give_up_at = self.now + self.config.drain_timeout
+            self.stop_accepting()
+            self.close_listeners(but_empty_first=dropped if has_listened else ())
+        self.shorten_grace(grace)
+
+    def stop_accepting(self) -> None:
+        """Take the listeners out of the selector."""
+        raise NotImplementedError
+
+    def close_listeners(self, but_empty_first: Collection[str]) -> None:
+        """Close the listeners now, but those of these addresses when their queue is empty."""
+        raise NotImplementedError
+
+    def shorten_grace(self, grace: float) -> None:
+        """Let no idle connection stay for more than `grace` seconds."""
+        raise NotImplementedError
+
+
+def run_worker(generation: Generation, number: int, slot: int, line: Line) -> None:
+    """(worker) A worker's life. All signals are still blocked when it begins."""
+    # 1. Signals. Until it serves, a stop ends it at once: it has begun nothing.
+    bell = Bell()
+    for signum in MASTER_SIGNALS:
+        signal.signal(signum, signal.SIG_DFL)
+    bell.handle(signal.SIGHUP, signal.SIGINT, *IGNORED_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # 2. Load the application. SIGIO ends this process if the master ends meanwhile.
+    fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+    master_is_gone = is_ready(line, select.POLLIN, 0)
+    if master_is_gone:
+        return
+    worker = Worker(generation, number, slot, line, bell)
+    worker.report()
+    worker.application = load_application(generation.config)
+    fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
+    # 3. Serve, when the master says "go", until it has drained.
+    worker.enter(READY)
+    line.say("ready")
+    worker.run()
+    if worker.in_flight:
+        log.warning("drain_timeout: %d requests in flight are cut short", worker.in_flight)
+
+
+def leave(status: int) -> NoReturn:
+    """(worker) Run the exit functions and end the process, but wait for no thread.
+
+    sys.exit() would wait for a thread that hangs. os._exit() alone would skip the exit functions,
+    and multiprocessing would leave orphans.
+    """
+    signal.alarm(EXIT_TIME)  # the process dies of it if they take longer
+    flush_stdout = functools.partial(print, end="", flush=True)
+    flush_stderr = functools.partial(print, end="", flush=True, file=sys.stderr)
+    for last in (atexit._run_exitfuncs, flush_stdout, flush_stderr):
+        with contextlib.suppress(BaseException):
+            last()
+    os._exit(status)
+
+
+# ==================================================================================================
+# Part II: serving
+#
+# One thread owns the sockets, the others run the application. The main thread accepts, reads
+# requests, and hands each complete one to a request thread through `jobs`. The thread runs the
+# application, sends the response, and hands the connection back through `returned`.
+# ==================================================================================================
+class State(enum.IntEnum):
+    """Where a connection is; Worker.move() alone changes it.
+
+    Its deadline or its client's end of file ends every state but WAITING and IN_FLIGHT.
+    """
+
+    # fmt: off
+    NEW = 0        # no byte of a first request, nor all of a TLS handshake
+    #                                             -> READING, RECEIVING, WAITING: what has come
+    IDLE = 1       # kept alive, no byte of a next request has come
+    #                                             -> READING, RECEIVING, WAITING: what has come
+    READING = 2    # a part of a head has come    -> RECEIVING, WAITING: what has come
+    RECEIVING = 3  # the head has come, and a part of its short, announced body
+    #                                             -> WAITING: all of it has come
+    WAITING = 4    # all that is read before a thread is taken has come
+    #                                             -> IN_FLIGHT: a thread is free
+    IN_FLIGHT = 5  # in `jobs`, in a thread or in `returned`
+    #                                             -> IDLE: answered and kept
+    #                                             -> READING, RECEIVING, WAITING: more has come
+    CLOSING = 6    # refused, or answered for the last time: our side is shut down, and what still
+    #                comes is discarded           -> closed (a state need not pass through here)
+    # fmt: on
 
 
 NEW, IDLE, READING, RECEIVING, WAITING, IN_FLIGHT, CLOSING = State
-VACANT, BOOTING, READY, SERVING, LEAVING, DRAINING = Life
-STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
-MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-FOREVER = float("inf")
-PAUSE = 0.5             # seconds without accept or fork when the system has no more to give
-LINGER = 2.0            # seconds of input to discard on a connection that is closing
-TRICKLE = 4096          # bytes of a response that a client must take within io_timeout: less is no progress
-HANDSHAKE = 0.2         # seconds for those who are in the midst of it when an address is given up
-BIND_PATIENCE = 1.0     # seconds for an old worker to let go of an address that comes back
-DRAIN_REPORT = 30.0     # seconds between two log lines on what a draining worker waits for
-BACK_OFF = (0, 0.2, 0.4, 0.8, 1.6, 3.2, 5)      # seconds before a worker that died is replaced
-STEADY = 10.0           # seconds: who has lived longer is replaced at once
 
-
-# ---- Configuration: text in, one immutable object out ----------------------------------------------
-class ConfigError(Exception):
-    """The operator's mistake, in one line: file, section, key and reason."""
-
-
-def reason_of(error, short=True):
-    text = (getattr(error, "strerror", None) or error) if short else f"{type(error).__name__}: {error}"
-    return " ".join(str(text).split())
-
-
-def did_you_mean(word, words):
-    return "".join(f"; did you mean {close}?" for close in difflib.get_close_matches(word, words, 1))
-
-
-def addresses(text):
-    """'*:80 unix:/x' -> {each as configured, which is what tells two apart: what its sockets bind (binds_of)}."""
-    found = {word: binds_of(word) for word in text.split() or [""]}
-    for one, other in itertools.combinations(found, 2):
-        if overlap(found[one], found[other]):
-            raise ValueError(f"{other} overlaps {one}")
-    return found
-
-
-def binds_of(word):
-    """-> ((family, socket address), ...). Hosts are numeric: the master never waits for a name server."""
-    if word.startswith("unix:") and 5 < len(os.fsencode(word)) < 113 and "\0" not in word:
-        return ((socket.AF_UNIX, word[5:]),)
-    host, _, port = word.rpartition(":")
-    with contextlib.suppress(ValueError):
-        port = number(port, 0, 65535)
-        if host == "*" and socket.has_dualstack_ipv6():         # without IPv6 it is IPv4 alone
-            return (socket.AF_INET, ("0.0.0.0", port)), (socket.AF_INET6, ("::", port, 0, 0))
-        host = {"*": "0.0.0.0", "localhost": "127.0.0.1"}.get(host, host)
-        ip = ipaddress.IPv6Address(host[1:-1]) if host[:1] + host[-1:] == "[]" else ipaddress.IPv4Address(host)
-        return ((socket.AF_INET, (str(ip), port)) if ip.version == 4 else (socket.AF_INET6, (str(ip), port, 0, 0)),)
-    raise ValueError(f"{word} is no numeric host:port, localhost:port, [::1]:port, *:port or unix:/path (107 bytes)")
-
-
-def overlap(binds, others):
-    """Could the two not listen at the same time? (IPv6 listeners are IPv6 only.)"""
-    return any(family == family2 and (one == two or {one[0], two[0]} & {"0.0.0.0", "::"} and one[1] == two[1])
-               for family, one in binds for family2, two in others)
-
-
-def number(text, low, high):
-    """A whole number, if its limits are whole; else seconds, which may have a fraction."""
-    kind, form = (int, "[0-9]{1,16}") if isinstance(low, int) else (float, r"[0-9]{1,9}(\.[0-9]{1,9})?")
-    if not re.fullmatch(form, text) or not low <= kind(text) <= high:
-        raise ValueError(f"not a {'whole ' * (kind is int)}number between {low} and {high:.16g}")
-    return kind(text)
-
-
-def log_path(text):
-    """'off', '-' or a file, which is opened once here: so a commit does not fail for it."""
-    path = os.devnull if text in ("off", "-") else os.path.abspath(text)        # of a pipe that nobody reads:
-    os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666))      # an error, no wait
-    return text if path == os.devnull else path
-
-
-def path_in_folder(text):
-    os.stat(os.path.join(os.path.dirname(text), "."))       # OSError: no such folder
-    return text and os.path.realpath(text)
-
-
-KEYS = {    # of [server:main]: the default, what reads the text (its ValueError is the reason), and its limits
-    "listen": ("127.0.0.1:8000", addresses), "backlog": ("2048", number, 1, 1_000_000),
-    "workers": ("2", number, 1, 1000), "threads": ("16", number, 1, 10_000),    # requests in flight per worker
-    "connections": ("1000", number, 1, 1_000_000), "max_body": ("0", number, 0, 10**15),    # per worker; bytes
-    "keepalive_timeout": ("75", number, 0.0, 1e6), "header_timeout": ("10", number, 0.001, 1e6),    # all in seconds
-    "io_timeout": ("60", number, 0.001, 1e6), "boot_timeout": ("60", number, 0.001, 1e6),
-    "idle_grace": ("5", number, 0.0, 1e6), "drain_timeout": ("0", number, 0.0, 1e6),                # 0: no limit
-    "certfile": ("", str), "keyfile": ("", str), "pidfile": ("", path_in_folder),
-    "access_log": ("off", log_path), "log_file": ("-", log_path),
-    "log_level": ("info", lambda text: logging.Handler(text.upper()).level),
-}
-# One reading of a file: every key of KEYS; an SSLContext or None; the application's parts (see Ini.parts); the Ini.
-Config = collections.namedtuple("Config", [*KEYS, "tls", "parts", "ini"])      # type: ignore[misc]
-
-
-def read_config(path):
-    """-> Config, all of it valid. Raises ConfigError."""
-    try:
-        return Ini(path).config()
-    except (OSError, ValueError, configparser.Error) as error:      # the latter's often names the place
-        place = f"[{error.section}] {error.option}: " if hasattr(error, "option") else ""
-        raise ConfigError(f"{path}: {place}{reason_of(error)}") from None
-
-
-class Ini(configparser.ConfigParser):
-    """The file, parsed once, and what it says. All of it raises OSError, ValueError or configparser.Error."""
-    optionxform = str       # type: ignore[assignment]  # keys are case-sensitive
-
-    def __init__(self, path):
-        super().__init__(default_section="")        # as yet, sections inherit nothing
-        full = os.path.abspath(path).replace("%", "%%")
-        self["DEFAULT"] = {"here": os.path.dirname(full), "__file__": full}
-        with open(path, encoding="utf-8-sig") as file:
-            self.read_file(file)
-        self.path, self.keys_of = path, {section: [*self[section]] for section in self}
-        self.defaults().update(self.items("DEFAULT", raw=True))     # now they do
-
-    def own(self, section):
-        """-> the section's own keys, as a dict: those of [DEFAULT] are global_conf, not settings."""
-        if section not in self:
-            raise ValueError(f"[{section}] missing section{did_you_mean(section, self)}")
-        return {key: self.get(section, key) for key in self.keys_of[section]}
-
-    def config(self):
-        """[server:main], which can be left out, but not misspelt, and the rest -> Config."""
-        texts = self.own("server:main") if difflib.get_close_matches("server:main", self, 1, 0.8) else {}
-        use, values = texts.pop("use", ""), {}
-        for key in sorted(texts.keys() - KEYS):
-            if not use:
-                raise ValueError(f"[server:main] {key}: unknown key{did_you_mean(key, KEYS)}")
-            log.warning("%s: [server:main] %s: unknown key, left to %s", self.path, key, use)
-        try:
-            for key, (default, read, *limits) in KEYS.items():
-                text = texts.get(key, default)
-                values[key] = read(text, *limits)
-            key, text = "certfile", f"{values['certfile']} {values['keyfile']}".strip()     # errors name neither
-            values["tls"] = tls_context(values["certfile"], values["keyfile"]) if text else None
-        except (ValueError, OSError) as error:
-            raise ValueError(f"[server:main] {key}: {text!r}: {reason_of(error)}") from None
-        return Config(**values, parts=self.parts(), ini=self)
-
-    def parts(self):
-        """-> what the application is made of, the outermost first: [(place, module:attribute, arguments, settings)]."""
-        settings = self.own("pipeline:main") if "pipeline:main" in self else {"pipeline": "main"}
-        names = settings.pop("pipeline", "").split()
-        if not names:
-            raise ValueError("[pipeline:main] pipeline: names no application")
-        parts = [self.part("filter", name) for name in names[:-1]] + [self.part("app", names[-1])]
-        uri = f"config:{urllib.parse.quote(os.path.abspath(self.path))}"
-        return [("read by PasteDeploy", "paste.deploy:loadapp", [uri], {})] if settings or None in parts else parts
-
-    def part(self, prefix, name):
-        """-> one of parts(). None: only PasteDeploy knows what it means."""
-        section, others = f"{prefix}:{name}", ("composite", "filter-app", "pipeline")
-        if section not in self and (":" in name or any(f"{other}:{name}" in self for other in others)):
-            return None
-        settings, kind = self.own(section), f"paste.{prefix}_factory"
-        if prefix == "app" and kind not in settings:
-            kind = "wsgi"
-        if any(re.match("use$|filter-with$|[sg]et |paste[.]", key) and key != kind for key in settings):
-            return None
-        target = settings.pop(kind, "")
-        if not re.fullmatch(r"[\w.]+:[\w.]+", target):
-            raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute{did_you_mean(kind, settings)}")
-        if kind == "wsgi" and settings:
-            raise ValueError(f"[{section}] {min(settings)}: a setting: wsgi takes none, paste.app_factory does")
-        return f"[{section}] {kind}: {target}", target, [] if kind == "wsgi" else [dict(self["DEFAULT"])], settings
-
-
-def tls_context(certfile, keyfile):
-    """-> ssl.SSLContext. The master makes it: it may read a key that its workers cannot."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION          # send() would have to read
-    context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(certfile, keyfile or None, lambda: b"")     # never ask on the terminal
-    return context
-
-
-def load_application(config):
-    """In a worker -> the WSGI callable. Raises ConfigError for the operator's mistakes, and the application's own."""
-    importlib.invalidate_caches()       # a module may be younger than the import system's idea of its folder
-    use_logs(config)
-    application, place = None, "[loggers]"
-    try:
-        if "loggers" in config.ini:
-            logging.config.fileConfig(config.ini, disable_existing_loggers=False)
-        for place, target, arguments, settings in reversed(config.parts):
-            found = pkgutil.resolve_name(target)
-            found = found(*arguments, **settings) if arguments else found
-            application = found if application is None else found(application)
-            if not callable(application):
-                raise TypeError(f"{application!r} is not callable")
-        return application
-    except Exception as error:
-        names = "".join(f" {frame.f_globals.get('__name__')}" for frame, _ in traceback.walk_tb(error.__traceback__))
-        loaders = rf"( {__name__}| pkgutil| configparser| (importlib|logging|paste)(\.\S+)?)+"
-        if isinstance(error, SyntaxError) or not re.fullmatch(loaders, names):
-            raise       # the application's own code was at work
-        raise ConfigError(f"{config.ini.path}: {place}: {reason_of(error, short=False)}") from None
-
-
-class LogFile(logging.handlers.WatchedFileHandler):
-    """Follows rotation. A full disk costs log lines, never requests: one line on stderr says so."""
-    def emit(self, record):
-        try:
-            super().emit(record)
-        except OSError:         # it could not be opened again
-            self.handleError(record)
-
-    def handleError(self, record):
-        self.handleError = lambda record: None      # type: ignore[method-assign]
-        tell(f"{self.baseFilename}: {reason_of(sys.exc_info()[1])}", 0)
-
-
-def use_logs(config):
-    """Raises OSError, where a file cannot be opened: then nothing has changed."""
-    handlers = [logging.NullHandler() if path == "off" else logging.StreamHandler() if path == "-"
-                else LogFile(path, errors="backslashreplace") for path in (config.log_file, config.access_log)]
-    handlers[0].setFormatter(logging.Formatter("%(asctime)s [%(process)d] %(levelname)s %(message)s"))
-    for logger, threshold, handler in zip((log, access_log), (config.log_level, "INFO"), handlers):
-        for old in logger.handlers:
-            with contextlib.suppress(OSError):      # on a full disk, what could not be written is still there
-                old.close()
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(threshold)
-
-
-# ---- Listeners: bind, adopt, let go ----------------------------------------------------------------
-class Listener(socket.socket):
-    file: Any = None        # of a unix socket that is ours: what os.stat() said, to know its file by
-
-    def has_file(self):     # still that very one? OSError, where there is none
-        return os.path.samestat(self.file, os.stat(self.getsockname()))
-
-    def turn_away(self):
-        """Before its close, which resets whoever is queued: nobody is to come between the last accept() and that. With
-        a filter that drops each SYN a client is not heard, and asks again after the close. The queue stays."""
-        if sys.platform == "linux" and self.family != socket.AF_UNIX:
-            code = struct.pack("HBBI" * 4, 0x30, 0, 0, 13, 0x45, 0, 1, 2, 6, 0, 0, 0, 6, 0, 0, 0xffffffff)
-            drop_syn, so_attach_filter = array.array("B", code), 26     # BPF: load TCP's flags; SYN? 0 bytes; all
-            with contextlib.suppress(OSError):
-                self.setsockopt(socket.SOL_SOCKET, so_attach_filter, struct.pack("@HP", 4, drop_syn.buffer_info()[0]))
-
-
-def open_listeners(binds, adopted, listeners):
-    """Append an address's, which listen from the commit on: a roll-back resets nobody. OSError: some may be open."""
-    for family, address in binds:
-        given = adopted.get((family, address))
-        listener = given.dup() if given else Listener(family)
-        listeners.append(listener)
-        listener.setblocking(False)
-        if family != socket.AF_UNIX:
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit it
-        if given:
-            continue
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        elif family == socket.AF_UNIX:
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.setblocking(False)        # the queue of a living server may be full
-                if probe.connect_ex(address) == errno.ECONNREFUSED and stat.S_ISSOCK(os.stat(address).st_mode):
-                    os.unlink(address)          # a dead server's; on any other file, bind() fails
-        listener.bind(address)
-        listener.file = os.stat(address) if family == socket.AF_UNIX else None
-
-
-def close_listeners(listeners):
-    """In the master: the workers' copies, and who is queued, stay after close(). (shutdown() would end them, too.)"""
-    for listener in listeners:
-        with contextlib.suppress(OSError):
-            if listener.file and listener.has_file():
-                os.unlink(listener.getsockname())
-        listener.close()
-
-
-def adopt():
-    """systemd's sockets (sd_listen_fds(3)) -> {(family, socket address): Listener}."""
-    pid, count, _ = [os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")]
-    adopted = {}
-    for fd in range(3, 3 + int(count)) if pid == str(os.getpid()) and count.isdigit() else ():
-        listener = Listener(fileno=fd)
-        listener.set_inheritable(False)
-        address = listener.getsockname()
-        adopted[listener.family, address] = listener
-        if address[:1] == ("::",) and not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-            adopted[socket.AF_INET, ("0.0.0.0", address[1])] = listener         # it is of both families
-    return adopted
-
-
-# ---- The bell: what wakes a main loop, and how the two loops talk ----------------------------------
-def comes_in_time(source, event, seconds):
-    """Wait until it can be read (select.POLLIN) or written (POLLOUT) -> has it come to that in time?"""
-    poller = select.poll()      # of select() a descriptor above 1023 would be too much to ask
-    poller.register(source, event)
-    return bool(poller.poll(seconds * 1000))
-
-
-def again_at(before, now, what, error):
-    """The system gives no more -> when to try again. before: the last such time; 0.0, and only then logged, if none."""
-    if not before:
-        log.error("cannot %s: %s; trying again every %g s", what, reason_of(error), PAUSE)
-    return now + PAUSE
-
-
-class Bell:
-    """A pipe that wakes a selector. Which signals came is a list: a pipe full of HUPs would drop the byte of a TERM."""
-    def __init__(self):
-        self.rung: list = []
-        self.reader, self.writer = map(io.FileIO, os.pipe(), "rw")
-        for end in self.reader, self.writer:
-            os.set_blocking(end.fileno(), False)
-        # A worker inherits the master's: until it has its own here, its signals would ring the master's bell.
-        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-        self.fileno = self.reader.fileno
-
-    def hang(self, signals):
-        for signum in signals:
-            signal.signal(signum, lambda came, frame: self.rung.append(came))
-
-    def silence(self):
-        """-> the signals that came, in order. The pipe is read first: for a later one it rings again."""
-        self.reader.read(4096)
-        rung, self.rung = self.rung, []
-        return rung
-
-
-class Line:
-    """One end of the socketpair between master and worker: a JSON list per line. Its end says: the other is gone."""
-    def __init__(self, sock):
-        sock.setblocking(False)
-        self.sock, self.pending, self.ended, self.fileno = sock, b"", False, sock.fileno
-
-    def say(self, *words):
-        with contextlib.suppress(OSError):      # the other side is gone, and hear() tells; or reads none of 200 KB
-            self.sock.sendall(json.dumps(words).encode() + b"\n")
-
-    def hear(self):
-        """-> the messages that have come; .ended, if there will be no more."""
-        try:
-            while not self.ended:
-                data = self.sock.recv(4096)
-                self.pending, self.ended = self.pending + data, not data
-        except OSError as error:
-            self.ended = not isinstance(error, BlockingIOError)
-        *lines, self.pending = self.pending.split(b"\n")
-        return [json.loads(line) for line in lines]
-
-
-class Scoreboard:
-    """Memory that all workers share. In its slot each tells what it does: a JSON object of up to 2 KB, or null."""
-    SLOTS, SIZE = 1024, 4096
-    memory = mmap.mmap(-1, SLOTS * SIZE)
-    loads = memoryview(mmap.mmap(-1, SLOTS * 4)).cast("I")      # by slot: open connections, and 1; 0: accepts none
-
-    def write(self, slot, facts):
-        self.memory[slot * self.SIZE:(slot + 1) * self.SIZE] = json.dumps(facts).encode().ljust(self.SIZE, b"\0")
-
-    def read(self):
-        """-> one dict a worker, the oldest generation first, each wait with its age in seconds."""
-        found = []
-        for text in re.findall(rb"\{[^\0]+", self.memory):
-            with contextlib.suppress(ValueError):       # half written: the next look finds it
-                found.append(json.loads(text))
-                for wait in found[-1]["waits_for"]:
-                    wait["age"] = round(time.monotonic() - wait.pop("since"), 1)
-        return sorted(found, key=lambda facts: (facts["generation"], facts["worker"]))
-
-
-scoreboard: Any = Scoreboard()      # the master's, which its workers inherit
-
-
-# ---- The exchange: one request, one response (RFC 9110 and 9112, PEP 3333) -------------------------
-MAX_LINE = 8192             # bytes of a request line (414), of a chunk's size with its extensions, of a trailer (400)
-MAX_HEAD = 65536            # bytes of a head (431), of all chunk extensions (400)
-MAX_FIELDS = 100            # of a head, and of trailers (431)
-SMALL_BODY = 65536          # bytes: an announced body up to this is read before a thread is taken
-SKIPPABLE = 262144          # bytes, at most, in which the end of an unread body is looked for, to keep the connection
-PIECE = 16384               # bytes read at once: not more, for to take a chunk off the buffer copies all that is behind
-
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-AUTHORITY = r"(?:\[([0-9A-Fa-f:.]+)\]|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?"
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")
-ABSOLUTE = re.compile(r"https?://([^:/?][^/?]*)/?(.*)", re.IGNORECASE)     # host, path
-FIELD = re.compile(rf"({TOKEN}):([\t -~\x80-\xff]*)")
-DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")         # in a head: NUL, bare LF, bare CR
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(;[\t -~\x80-\xff]*)?\r")     # cut off at its LF, as the next
-TRAILER = re.compile(rf"(?:{FIELD.pattern})?\r".encode())
-STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
-LENGTH = re.compile("[0-9]{1,18}")
-FORGED = re.compile(r"[^\t -~\x80-\xff]")      # in a response field, where CR LF would begin another
-
-
-class Refusal(OSError):
-    """What ends a request, and its connection, before its time. An OSError, as wsgi.input is expected to raise."""
-    def __init__(self, status, reason):
-        super().__init__(errno.EBADMSG, reason)
-        self.status, self.reason = http.HTTPStatus(status), reason
-
-    def response(self, line):
-        """-> its bytes, whole. line: the request's; a HEAD is answered without a body."""
-        status = f"{self.status.value} {self.status.phrase}"
-        body = f"{status}: {self.reason}\n"
-        head = (f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
-                f"Date: {email.utils.formatdate(usegmt=True)}\r\nConnection: close\r\n\r\n")
-        return (head if line.startswith("HEAD ") else head + body).encode()
-
-
-def refuse_if(wrong, status, reason):
-    if wrong:
-        raise Refusal(status, reason)
-
-
-# environ: what the head says, in PEP 3333's words; shared, and so never changed. length: the body's, in bytes; None: it
-# is chunked. expect: the client waits for 100 Continue. keep: it would keep the connection. http11: it knows chunked.
-Request = collections.namedtuple("Request", "line environ length expect keep http11")
-
-
-def is_authority(text):
-    """A host, perhaps with a port (RFC 3986 section 3.2)?"""
-    match = re.fullmatch(AUTHORITY, text)
-    with contextlib.suppress(ValueError):
-        return bool(match and ipaddress.IPv6Address(match[1] or "::"))
-    return False
-
-
-def collect(block):
-    """Field lines -> their part of an environ (RFC 9112 section 5). Raises Refusal."""
-    lines, environ = block.decode("latin-1").split("\r\n")[:-1], {}
-    refuse_if(len(lines) > MAX_FIELDS, 431, f"more than {MAX_FIELDS} header fields")
-    for match in map(FIELD.fullmatch, lines):
-        refuse_if(not match, 400, "malformed header field")
-        if "_" in match[1]:
-            continue        # X_Y and X-Y are one in the environ: one could pose as the other
-        name, value = match[1].upper().replace("-", "_"), match[2].strip(" \t")
-        key = name if name in ("CONTENT_LENGTH", "CONTENT_TYPE") else f"HTTP_{name}"
-        if key not in environ:
-            environ[key] = value
-        elif key != "CONTENT_LENGTH" or environ[key] != value:      # of two lengths, or Hosts, this makes no valid one
-            environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value
-    return environ
-
-
-@functools.lru_cache(maxsize=128)
-def parse_fields(block, http11):
-    """Field lines -> (their part of an environ, length, expect, keep), as in Request (RFC 9112 section 6)."""
-    environ = collect(block)
-    length, chunked = environ.get("CONTENT_LENGTH", "0"), "HTTP_TRANSFER_ENCODING" in environ
-    codings = [coding.strip(" \t") for coding in environ.get("HTTP_TRANSFER_ENCODING", "none").lower().split(",")]
-    expect = environ.get("HTTP_EXPECT", "").lower() if http11 else ""
-    refuse_if(http11 and "HTTP_HOST" not in environ, 400, "no Host")
-    refuse_if(not is_authority(environ.get("HTTP_HOST", "")), 400, "invalid Host")
-    refuse_if(not LENGTH.fullmatch(length), 400, "invalid Content-Length")
-    refuse_if(chunked and "CONTENT_LENGTH" in environ, 400, "both Content-Length and Transfer-Encoding")
-    refuse_if(chunked and not http11, 400, "Transfer-Encoding in HTTP/1.0")
-    refuse_if(codings.count("chunked") > 1 or "" in codings, 400, "invalid Transfer-Encoding")
-    refuse_if(chunked and codings != ["chunked"], 501, "unknown transfer coding")
-    refuse_if(expect not in ("", "100-continue"), 417, "unknown expectation")
-    options = [option.strip(" \t") for option in environ.get("HTTP_CONNECTION", "").lower().split(",")]
-    keep = "close" not in options and (http11 or "keep-alive" in options)
-    return environ, None if chunked else int(length), expect != "", keep
-
-
-def parse_line(line):
-    """A request line -> method, target, major and minor version (RFC 9112 section 3). Raises Refusal."""
-    refuse_if(len(line) > MAX_LINE, 414, f"a request line of more than {MAX_LINE} bytes")
-    match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
-    refuse_if(not match, 400, "malformed request line")
-    return match.groups()
-
-
-@functools.lru_cache(maxsize=128)       # a client repeats its head or, if only the path changes, its fields (above)
-def parse_head(head):
-    """A head, without its empty line -> Request (RFC 9112, PEP 3333). Raises Refusal."""
-    line, _, block = head.partition(b"\r\n")
-    method, target, major, minor = parse_line(line)
-    refuse_if(major != "1", 400 if major == "0" else 505, f"HTTP/{major}.{minor} is not spoken here")
-    refuse_if(method == "CONNECT", 501, "this is no proxy")
-    absolute = ABSOLUTE.fullmatch(target)
-    proper = is_authority(absolute[1]) if absolute else target[0] == "/" or (method, target) == ("OPTIONS", "*")
-    refuse_if("#" in target or not proper, 400, "malformed request target")
-    fields, *framing = parse_fields(block, minor != "0")
-    host, target = ({"HTTP_HOST": absolute[1]}, "/" + absolute[2]) if absolute else ({}, target)
-    path, _, query = target.partition("?")
-    path = urllib.parse.unquote_to_bytes(path).decode("latin-1") if "%" in path else path.lstrip("*")   # no path
-    environ = {**fields, **host, "REQUEST_METHOD": method, "REQUEST_URI": target, "PATH_INFO": path,
-               "QUERY_STRING": query, "SERVER_PROTOCOL": "HTTP/1.1" if minor != "0" else "HTTP/1.0"}
-    return Request(escaped(line.decode()), environ, *framing, minor != "0")
+HEAD_START = 0.001  # seconds in which a thread that was woken gets the interpreter's lock
+PAUSE = 0.5  # seconds until the next try when the system has no more to give
+JUST_BUSY = 0.5  # seconds: a connection that was busy so recently is not closed to make room
+POLITE_PAUSE = 0.001  # seconds in which a worker that has fewer connections takes the newcomer
+FULL_PAUSE = 0.1  # seconds between two looks of a full worker whether it can make room
+FAIR_DIFFERENCE = 3  # connections that a worker may have more than another: fewer is no burden
+ACCEPT_SHARE = 4  # of its free threads a worker fills a fourth at once, the others get their share
+LINGER = 2.0  # seconds in which the input of a closing connection is discarded
+LONGEST_SLEEP = 3600.0  # seconds; epoll takes no infinity
+REPORT_PAUSE = 0.02  # seconds between two entries in the scoreboard
+SHOWN_REQUESTS = 8  # of those in flight, in the scoreboard
+SHOWN_PATH = 60  # characters of a path there
+PIECE = 16384  # bytes read at once; with more, each chunk taken off a buffer would copy more
+
+NO_DATA_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Connection:
-    """A client's connection. In flight one thread reads and writes it; else the main thread does."""
-    state = NEW
-    since = 0.0                 # when it came to this state, in time.monotonic() seconds
-    deadline = FOREVER          # when it must have left it
-    registered = False          # with the selector
-    buffer = b""                # what has arrived and is not used yet
-    scanned = 0                 # bytes of the buffer in which no end of a head was found
-    request: Any = None         # a Request, once its head is complete
-    keep, linger, asked = False, True, False    # kept? may the client still be sending? has a drain looked behind?
+    """A client's connection: data only. Its owner (rule 1) alone reads and writes it."""
 
-    def __init__(self, sock, client, base, tls):        # base: the part of the environ that all its requests have
-        self.sock, self.client, self.base, self.tls = sock, client, base, tls
+    state = NEW
+    since = 0.0  # when it came to this state, in time.monotonic() seconds
+    deadline = FOREVER  # when it must have left it
+    is_registered = False  # with the selector
+    buffer = b""  # input that has arrived and is not used yet
+    scanned = 0  # bytes of the buffer that hold no end of a head
+    request: Request | None = None  # from the end of its head to the end of its exchange
+    is_kept = False  # after this exchange another may follow
+    must_linger = True  # the client may still be sending when we close
+    must_make_room = False  # other clients are queued and there is no place for them
+    looked_ahead = False  # in a drain: the input was searched for one more request
+
+    def __init__(
+        self, sock: socket.socket, client: str, common_environ: Environ, tls: ssl.SSLContext | None
+    ):
+        """client: its address, for logs. common_environ: what the environ of all requests has."""
+        self.sock = sock
+        self.client = client
+        self.common_environ = common_environ
+        self.tls = tls
 
     @property
-    def line(self):     # the request's first, or what has come of it, as fit for a log
-        return self.request.line if self.request else escaped(self.buffer[:80].split(b"\r\n")[0].decode("latin-1"))
+    def line(self) -> str:
+        """The request line, or what has come of it, escaped for logs."""
+        if self.request:
+            return self.request.line
+        return escaped(self.buffer[:80].split(b"\r\n")[0].decode("latin-1"))
 
-    def log_access(self, status, sent):
-        """A line in the combined format, plus the seconds since the last move(): of an answer, since dispatch()."""
-        environ = self.request.environ if self.request else {}
-        referer, agent = [escaped(environ.get(f"HTTP_{name}", "-")) for name in ("REFERER", "USER_AGENT")]
-        access_log.info('%s - - [%s] "%s" %s %d "%s" "%s" %.6f', self.client, time.strftime("%d/%b/%Y:%H:%M:%S %z"),
-                        self.line, status, sent, referer, agent, time.monotonic() - self.since)
+    def receive(self, target: memoryview | None = None) -> int | None:
+        """(owner) Read once without waiting, into `target` or the buffer.
 
-    def receive(self, target=None):
-        """One read, into target or the buffer -> bytes that came; None: not yet; 0: none will (its end, an error)."""
+        -> the number of bytes; None if there are none yet; 0 if none will come, for the client has
+        ended or is gone.
+        """
         try:
             if target is not None:
                 return self.sock.recv_into(target)
             data = self.sock.recv(PIECE)
-            while self.tls and self.sock.pending():     # decrypted, and so invisible to a selector
-                data += self.sock.recv(PIECE)
-        except WOULD_BLOCK:
+            if self.tls:
+                # TLS may have decrypted more than was asked for, which no selector can see.
+                while cast(ssl.SSLSocket, self.sock).pending():
+                    data += self.sock.recv(PIECE)
+        except NO_DATA_YET:
             return None
         except OSError as error:
             log.debug("%s: %s", self.client, reason_of(error))
@@ -642,315 +852,66 @@ class Connection:
         self.buffer += data
         return len(data)
 
-    def take_request(self, max_body):
-        """Take the next request off the buffer -> the State to which what has arrived takes it. Raises Refusal."""
-        if self.request is None:
-            if self.buffer.startswith(b"\r\n"):     # RFC 9112 section 2.2
-                self.buffer, self.scanned = re.sub(rb"(\r\n)+", b"", self.buffer, count=1), 0
-            end = self.buffer.find(b"\r\n\r\n", max(0, self.scanned - 3))
-            if not 0 <= end <= MAX_HEAD - 4:
-                if self.buffer in (b"", b"\r"):     # an empty line is no request
-                    return min(self.state, IDLE)    # NEW stays NEW
-                self.look()
-                return READING
-            self.request = parse_head(self.buffer[:end + 2])
-            self.buffer, self.scanned = self.buffer[end + 4:], 0
-            refuse_if(0 < max_body < (self.request.length or 0), 413, "more than max_body bytes")
-        length = self.request.length or 0
-        return WAITING if length > SMALL_BODY or self.request.expect or len(self.buffer) >= length else RECEIVING
 
-    def look(self):
-        """A head that is not complete: what is wrong with it already? Raises Refusal."""
-        line, crlf, _ = self.buffer.partition(b"\r\n")
-        if crlf or len(line) > MAX_LINE + 1:        # its CR may be here already
-            parse_line(line)
-        refuse_if(len(self.buffer) >= MAX_HEAD, 431, f"a head of more than {MAX_HEAD} bytes")
-        refuse_if(DOUBTFUL.search(self.buffer, max(0, self.scanned - 1)), 400, "NUL, bare CR or bare LF in a head")
-        self.scanned = len(self.buffer)
+class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
+    """A worker, Part I, as a server. What socketserver calls a request is a Connection here.
 
+    Request threads read its attributes `config`, `application` and `life`; everything else belongs
+    to the main thread, but for the two deques.
+    """
 
-class Body(io.RawIOBase):
-    """A body as it comes off the connection (RFC 9112 sections 6 and 7.1). After a Refusal each read raises it anew."""
-    size = extensions = 0       # bytes in the chunks, and in their extensions, so far
+    application: Application  # from run_worker()
+    is_accepting = False  # the listeners are registered
+    in_flight = 0  # requests between dispatch() and take_back(); the main thread alone counts them
+    open_connections = 0
+    served = 0  # requests answered
+    threads = 0  # started
+    polite_until = 0.0  # until then newcomers are left to other workers
+    report_at = 0.0  # not before
+    reported: dict[str, Any] | None = None  # what stands in the scoreboard
 
-    def __init__(self, exchange):
-        self.exchange, self.connection, self.config = exchange, exchange.request, exchange.server.config
-        request = self.connection.request
-        self.chunked = request.length is None       # and the last chunk has not come
-        self.left = request.length or 0             # bytes of it, or of its chunk, that are not read
-        self.owes_100, self.refusal = request.expect and not self.connection.buffer, None
+    def __init__(self, generation: Generation, number: int, slot: int, line: Line, bell: Bell):
+        WorkerLife.__init__(self, generation, number, line, bell)
+        socketserver.BaseServer.__init__(self, None, None)  # type: ignore[arg-type]
+        self.slot = slot
+        self.listeners: dict[Listener, str] = {}  # each one's address, as configured
+        self.common_environ: dict[Listener, Environ] = {}
+        for address, listeners in generation.listeners.items():
+            for listener in listeners:
+                self.listeners[listener] = address
+                self.common_environ[listener] = self.environ_of(listener)
+        # How many seconds a connection may be in each State.
+        self.limits = {
+            NEW: self.config.header_timeout,
+            IDLE: self.config.keepalive_timeout,
+            READING: self.config.header_timeout,
+            RECEIVING: self.config.io_timeout,
+            WAITING: FOREVER,
+            IN_FLIGHT: FOREVER,
+            CLOSING: LINGER,
+        }
+        # The connections in each State, the longest there first: a dict is an ordered set from
+        # which anything can be taken at once.
+        self.by_state: list[dict[Connection, None]] = [{} for _ in State]
+        self.jobs: collections.deque[Connection] = collections.deque()  # for the threads
+        self.returned: collections.deque[Connection] = collections.deque()  # from the threads
+        self.sleepers: list[threading.Lock] = []  # each opens one idle thread's gate
+        self.accept_pause = Pause("accept")
+        self.thread_pause = Pause("start a thread")
+        self.fork_guard = ForkGuard(self)
 
-    def readable(self):
-        return True
-
-    def readinto(self, target):
-        try:
-            if self.refusal:
-                raise self.refusal
-            if self.chunked and not self.left:
-                self.begin_chunk()
-            target = memoryview(target)[:self.left]
-            if target and not self.connection.buffer:
-                count = self.fill(target)       # to its place at once: a detour costs as much again, and memory
-            else:
-                count = min(len(target), len(self.connection.buffer))
-                target[:count], self.connection.buffer = self.connection.buffer[:count], self.connection.buffer[count:]
-        except Refusal as refusal:
-            self.refusal = refusal
-            raise
-        self.left -= count
-        return count
-
-    def begin_chunk(self):
-        if self.size:       # an empty line ends the one before
-            self.take_line(TRAILER, 1)
-        line = self.take_line(CHUNK_LINE)
-        self.left, self.extensions = int(line[1], 16), self.extensions + len(line[2] or b"")
-        self.size += self.left
-        refuse_if(self.extensions > MAX_HEAD, 400, f"chunk extensions of more than {MAX_HEAD} bytes")
-        refuse_if(0 < self.config.max_body < self.size, 413, "more than max_body bytes")
-        if not self.left:   # the last: trailers, which must be well-formed and are discarded, and an empty line
-            for _ in range(MAX_FIELDS + 1):
-                if self.take_line(TRAILER)[0] == b"\r":
-                    self.chunked = False
-                    return
-            raise Refusal(431, f"more than {MAX_FIELDS} trailers")
-
-    def take_line(self, pattern, limit=MAX_LINE):
-        """Take a line of at most limit bytes off the buffer -> its match."""
-        while b"\n" not in self.connection.buffer and len(self.connection.buffer) <= limit:
-            self.fill()
-        line, _, self.connection.buffer = self.connection.buffer.partition(b"\n")
-        match = pattern.fullmatch(line)
-        refuse_if(not match or len(line) > limit, 400, "malformed chunk")
-        return match
-
-    def fill(self, target=None):
-        """Wait for input, having invited it if need be -> bytes that came."""
-        while (came := self.connection.receive(target)) is None:
-            if self.owes_100 and not self.exchange.head_sent:
-                self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.owes_100 = False
-            refuse_if(not comes_in_time(self.connection.sock, select.POLLIN, self.config.io_timeout), 408, "slow body")
-        refuse_if(not came, 400, "the body was cut short")
-        return came
-
-    def what_follows(self, ask):
-        """-> the input behind it, if all is here. Found out on a copy whose input ends there: it may yet be read."""
-        while ask and len(self.connection.buffer) < SKIPPABLE and self.connection.receive():
-            pass
-        trial, copy = Body(self.exchange), types.SimpleNamespace(buffer=self.connection.buffer, receive=lambda *_: 0)
-        trial.__dict__.update(vars(self), connection=copy)
-        with contextlib.suppress(Refusal):
-            trial.readall()
-        return None if trial.chunked or trial.left else copy.buffer
-
-
-@functools.lru_cache(maxsize=128)
-def begin_head(status, headers, second):
-    """-> (a head's bytes, without framing; the Content-Length or None; keep-alive?). Raises ValueError, TypeError."""
-    if not STATUS.fullmatch(status):
-        raise ValueError(f"{status!r} is no status")
-    ours = {"date": f"Date: {email.utils.formatdate(second, usegmt=True)}", "server": "Server: hupserve"}
-    lines, length, keep = [f"HTTP/1.1 {status:4}"], None, True      # "200 ", where there is no reason
-    for name, value in headers:
-        lower = name.lower()
-        if not re.fullmatch(TOKEN, name) or FORGED.search(value):
-            raise ValueError(f"{name!r}: {value!r} could add a header, or a response")
-        if lower == "content-length":
-            if not LENGTH.fullmatch(value) or length not in (None, int(value)):
-                raise ValueError(f"invalid Content-Length {value!r}")
-            length = int(value)
-        elif lower == "connection":
-            keep = keep and not re.search(r"\bclose\b", value, re.IGNORECASE)
-        elif not wsgiref.util.is_hop_by_hop(name) and lower != "trailer":       # wsgiref calls it "trailers"
-            lines.append(f"{name}: {value}")
-            ours.pop(lower, None)       # it gives its own
-    return "\r\n".join([*lines, *ours.values()]).encode("latin-1"), length, keep
-
-
-class Exchange(socketserver.BaseRequestHandler):
-    """One request and its response, in a thread. What socketserver calls request is a Connection; server, a Worker."""
-    left: Optional[int] = None          # bytes of body that its Content-Length still allows
-    status, sent, head_sent, chunked = "", 0, False, False      # its status line; bytes of body; head sent? in chunks?
-
-    def handle(self):
-        connection, request, config = self.request, self.request.request, self.server.config
-        connection.keep, self.keep = False, request.keep and config.keepalive_timeout > 0 and not self.server.pressed
-        self.body = None if request.length == 0 else Body(self)
-        given = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO()
-        try:
-            environ = {**connection.base, **request.environ, "wsgi.input": given}
-            self.respond(self.server.application(environ, self.start_response))
-        except Refusal as refusal:      # out of wsgi.input, where the application let it through, or out of send()
-            log.debug("%s: %s: %s", connection.client, request.line, refusal.reason)
-            self.fail(refusal)
-        except BaseException:           # sys.exit() in a request is the application's error, too
-            log.exception("%s: %s", connection.client, request.line)
-            if not self.head_sent or self.left != 0:        # else the answer is whole, and another may follow
-                self.fail(Refusal(500, "the application failed"))
-        if self.body and self.keep:
-            self.body.readall()     # what was not read: it is all here, what_follows() has seen to that
-        connection.linger = request.keep or self.sent > PIECE or self.body and (self.body.chunked or self.body.left)
-        connection.keep, self.left, self.body = self.keep, 0, None      # a kept write() sends no more; no cycle is left
-        if config.access_log != "off":
-            connection.log_access(self.status[:3], self.sent)
-
-    def respond(self, result):
-        try:
-            if not (isinstance(result, wsgiref.util.FileWrapper) and self.send_file(result.filelike)):
-                whole = isinstance(result, (list, tuple)) and len(result) == 1
-                for data in result:
-                    if data and self.head_sent and self.left == 0:
-                        break       # it would never reach the wire, and may never end
-                    if data != b"":
-                        self.write(data, whole)
-                if not self.head_sent:
-                    self.send(self.head(0))
-            if self.chunked:
-                self.send(b"0\r\n\r\n")
-            elif self.left:
-                self.keep = False
-                log.error("%s: %d bytes less than its Content-Length", self.request.line, self.left)
-        finally:
-            if hasattr(result, "close"):
-                result.close()
-
-    def start_response(self, status, headers, exc_info=None):
-        """PEP 3333. Raises what is wrong with its arguments, at the application."""
-        if exc_info and self.head_sent:
-            raise exc_info[1].with_traceback(exc_info[2])
-        if self.status and not exc_info:
-            raise AssertionError("start_response was called twice, without exc_info")
-        self.opening, self.left, keep = begin_head(status, tuple(map(tuple, headers)), int(time.time()))
-        self.status, self.keep = status, self.keep and keep
-        return self.write
-
-    def head(self, length):
-        """-> the head, having decided how the body, of length bytes or None, is framed (RFC 9112 section 6.3)."""
-        if not self.status:
-            raise AssertionError("start_response was not called")
-        connection, request, head = self.request, self.request.request, self.opening
-        no_length = self.status[0] == "1" or self.status[:3] == "204"
-        no_body = no_length or self.status[:3] == "304" or request.environ["REQUEST_METHOD"] == "HEAD"
-        if self.left is None and not no_body:
-            self.left = length
-        if self.left is not None and not no_length:
-            head += b"\r\nContent-Length: %d" % self.left
-        elif request.http11 and not no_body:
-            self.chunked = True
-            head += b"\r\nTransfer-Encoding: chunked"
-        elif not no_body or self.status[0] == "1":
-            self.keep = False
-        if no_body:
-            self.left = 0
-        if self.keep:       # in a drain only for what is here already: that is answered, too
-            ask, connection.asked = not connection.asked, self.server.life >= LEAVING   # once: else who is ahead stays
-            rest = self.body.what_follows(ask) if self.body else connection.buffer
-            self.keep = rest is not None and bool(self.server.life < LEAVING or rest or ask and connection.receive())
-        self.head_sent = True
-        last = b"\r\nConnection: close" if not self.keep else b"" if request.http11 else b"\r\nConnection: keep-alive"
-        return head + last + b"\r\n\r\n"
-
-    def write(self, data, whole=False):
-        """Send a piece of the body, the head before the first (PEP 3333's write callable, too)."""
-        if not isinstance(data, bytes):
-            raise TypeError(f"the application gave {type(data).__name__}, not bytes")
-        head = b"" if self.head_sent else self.head(len(data) if whole else None)
-        data = data[:self.left]     # or all of it; more than was announced would pose as the next response
-        self.send(head + (b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data))
-        self.sent += len(data)
-        if self.left is not None:
-            self.left -= len(data)
-
-    def send(self, data):
-        data = memoryview(data) if len(data) > PIECE else data      # of less what is left is copied, mostly nothing
-        while data:
-            data = data[self.push(self.request.sock.send, data):]
-
-    def push(self, send, *arguments):
-        """-> bytes taken. Raises Refusal where the client is gone, or takes next to nothing for io_timeout seconds."""
-        sock = self.request.sock
-        while True:
-            try:
-                return send(*arguments)
-            except WOULD_BLOCK:     # there is "room" when a third of the kernel's megabytes is free: it may take long
-                room, queued = False, FOREVER
-                while not room:
-                    before, queued = queued, 0
-                    if sys.platform == "linux":     # elsewhere a timeout is the end
-                        queued = struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0]
-                    refuse_if(queued > before - TRICKLE, 408, "the client takes nothing")
-                    room = comes_in_time(sock, select.POLLOUT, self.server.config.io_timeout)
-            except OSError as error:
-                if send != sock.send and not self.sent:
-                    return 0        # sendfile() cannot: it has to be read
-                raise Refusal(408, f"client gone: {reason_of(error)}") from None
-
-    def send_file(self, file):
-        """From where it stands to its end -> False: it has to be read. (A GzipFile's descriptor is no plain file's.)"""
-        plain = type(getattr(file, "raw", file)) is io.FileIO and os.path.isfile(file.fileno())
-        start, size = (file.tell(), os.path.getsize(file.fileno())) if plain else (0, 0)
-        if start >= size or self.head_sent or self.request.tls or not hasattr(os, "sendfile"):
-            return False
-        self.send(self.head(size - start))
-        ends = self.request.sock.fileno(), file.fileno()
-        while self.left and (count := self.push(os.sendfile, *ends, start + self.sent, min(self.left, 2**30))):
-            self.sent += count
-            self.left -= count
-        return self.sent > 0 or not self.left
-
-    def fail(self, refusal):
-        """Answer with a status of ours, if nothing is on the wire yet; the connection ends either way."""
-        self.keep = False
-        if not self.head_sent:
-            self.head_sent, self.status = True, str(refusal.status.value)
-            with contextlib.suppress(OSError):
-                self.send(refusal.response(self.request.line))
-
-
-def escaped(text):
-    """What a client sent must not forge a line of a log, or steer a terminal."""
-    return ascii(text)[1:-1].replace('"', '\\"')
-
-
-# ---- The worker: its loop first, then orders, accept, read, dispatch, take back, close --------------
-class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
-    """Its main thread alone registers and closes sockets: were a thread to close one, its descriptor could be another
-    connection's before the selector hears of it. From dispatch() to take_back() a connection is one thread's alone."""
-    application: Any = None             # once it is loaded
-    life = BOOTING
-    accepting = pressed = False         # are the listeners registered? full, and somebody was queued, at the last look?
-    in_flight = 0                       # requests from dispatch() to take_back(); the main thread alone counts
-    count = served = threads = 0        # connections open, requests answered, threads started
-    now = accept_at = close_at = polite_at = thread_at = report_at = 0.0    # the time; not before these
-    give_up_at = explain_at = FOREVER   # of a drain, once the master has ordered it
-    facts: dict = {}                    # as last reported
-
-    def __init__(self, generation, number, slot, line, bell):
-        super().__init__(None, Exchange)
-        self.generation, self.number, self.slot = generation, number, slot
-        self.config, self.line, self.bell = generation.config, line, bell
-        self.listeners = {listener: (text, self.base(listener))     # text: its address, as configured
-                          for text, group in generation.listeners.items() for listener in group}
-        first, kept, body = self.config.header_timeout, self.config.keepalive_timeout, self.config.io_timeout
-        self.limits = [first, kept, first, body, FOREVER, FOREVER, LINGER]      # seconds, at most, in each State
-        self.rooms: list = [{} for _ in State]              # the connections in each, the longest there first
-        self.jobs, self.returned = collections.deque(), collections.deque()     # handed to the threads; handed back
-        self.sleeping: list = []                            # the gates of the threads that have nothing to do
-        self.selector = selectors.DefaultSelector()         # key.data: what is to be called
-        self.selector.register(bell, selectors.EVENT_READ)
-        self.selector.register(line, selectors.EVENT_READ, self.hear)
-        self.still = threading.RLock()      # the main thread lets go of it in wait() alone: only there may others fork
-        os.register_at_fork(before=self.before_fork, after_in_parent=self.after_fork, after_in_child=self.disown)
-
-    def run(self):
-        """Until an order has closed the listeners, and each connection has gone or drain_timeout is over."""
-        self.still.acquire()
-        while self.life != DRAINING or self.listeners or (self.count and self.now < self.give_up_at):
+    # One round
+    def run(self) -> None:
+        """(main thread) Serve until an order to drain is carried out."""
+        self.fork_guard.forbid()
+        while not self.is_done():
             events = self.wait()
-            self.obey()         # first: nothing is begun after an order; what is handed back from here on rings anew
-            self.take_back()    # before what has come is read: who has been answered does not speak early
+            # First, so that nothing begins after an order. It also empties the bell: a connection
+            # that is handed back from here on rings it again.
+            self.obey()
+            # Before the reads: an answered client's next request must not look like input that
+            # comes while its request is in flight.
+            self.take_back()
             for key, _ in events:
                 if key.data:
                     key.data()
@@ -960,738 +921,2094 @@ class Worker(socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.dispatch()
             self.explain()
             self.report()
-        self.still.release()
+        self.fork_guard.allow()
 
-    def wait(self):
-        """-> selector events. While there are jobs, it first leaves the interpreter's lock to the thread that was woken
-        for all, until it rings or a millisecond is over. Then dispatch() wakes another: the first may be stuck."""
-        self.still.release()
+    def is_done(self) -> bool:
+        if self.life != DRAINING or self.listeners:
+            return False
+        return not self.open_connections or self.now >= self.give_up_at
+
+    def wait(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """(main thread) Sleep until something happens or is due; return the selector's events.
+
+        Three facts make this right:
+        - Jobs are looked at before `returned`. A thread fills `returned` before it takes its next
+          job, so one of the two is seen here, or the bell rings.
+        - A thread that found no job is not yet among the sleepers, so a job given at that moment
+          wakes nobody. It is found because this loop comes round again while there are jobs. Never
+          wait here with jobs.
+        - Application threads may fork only while the fork guard allows it, that is, in here.
+        """
+        self.fork_guard.allow()
         if self.jobs:
-            comes_in_time(self.bell, select.POLLIN, 0.001 if self.now >= self.thread_at else PAUSE)
-        timers = self.accept_at, self.polite_at, self.report_at, self.close_at, self.explain_at, self.give_up_at
-        due = [when for when in timers if when > self.now] + [next(iter(room)).deadline for room in self.rooms if room]
-        # In this order: a thread hands back before it takes its next job, so that one of the two is seen.
-        events = self.selector.select(0 if self.jobs or self.returned else min(min(due) - time.monotonic(), 3600))
-        self.still.acquire()
+            self.leave_interpreter_to_threads()
+        if self.jobs or self.returned:
+            timeout = 0.0
+        else:
+            timeout = min(self.next_deadline() - time.monotonic(), LONGEST_SLEEP)
+        events = self.selector.select(timeout)
+        self.fork_guard.forbid()
         self.now = time.monotonic()
         return events
 
-    def report(self):
-        """Fill in this worker's slot of the scoreboard, if it has changed, and at most fifty times a second."""
-        if self.now < self.report_at:
-            return
-        new, idle, reading, receiving, *_ = map(len, self.rooms)
-        facts = {"pid": os.getpid(), "worker": self.number, "generation": self.generation.number,
-                 "state": self.life.name.lower(), "idle": new + idle, "reading": reading + receiving,
-                 "in_flight": self.in_flight, "served": self.served,
-                 "waits_for": self.waits_for(8) if self.life >= LEAVING else []}
-        if facts != self.facts:
-            self.facts, self.report_at = facts, self.now + 0.02
-            scoreboard.write(self.slot, facts)
+    def leave_interpreter_to_threads(self) -> None:
+        """One thread was woken for all jobs. Let it run until it rings, or may be stuck.
 
-    def waits_for(self, count):
-        """-> the oldest requests in flight, without their queries, which hold secrets."""
-        return [{"client": connection.client, "request": re.split(r"[?]| HTTP/", connection.line)[0][:60],
-                 "since": connection.since} for connection in itertools.islice(self.rooms[IN_FLIGHT], count)]
+        Then dispatch() wakes another. Where no more threads can be started, waking is of no use.
+        """
+        no_threads = self.now < self.thread_pause.until
+        is_ready(self.bell, select.POLLIN, PAUSE if no_threads else HEAD_START)
 
-    def explain(self):
-        """What every operator asks: why is the old worker still there?"""
-        if self.now >= self.explain_at:
-            self.explain_at = self.now + DRAIN_REPORT
-            oldest = ["; the oldest: {client} {request}".format(**wait) + f" for {self.now - wait['since']:.0f} s"
-                      for wait in self.waits_for(1)]
-            log.info("still draining: %d in flight, %d other connections%s", self.in_flight,
-                     self.count - self.in_flight, "".join(oldest))
+    def next_deadline(self) -> float:
+        """-> when something is due next, in time.monotonic() seconds. Past times do not count."""
+        timers = (
+            self.accept_pause.until,
+            self.polite_until,
+            self.report_at,
+            self.explain_at,
+            self.give_up_at,
+        )
+        due = [when for when in timers if when > self.now]
+        for connections in self.by_state:
+            if connections:
+                due.append(next(iter(connections)).deadline)
+        return min(due, default=FOREVER)
 
-    # Orders
-    def obey(self):
-        for signum in self.bell.silence():
-            self.hear()     # an order is written before its SIGHUP is sent: it is there by now
-            if signum == signal.SIGHUP and self.life < LEAVING:
-                log.warning("SIGHUP without an order from the master: serving on")
-            elif signum in (signal.SIGTERM, signal.SIGQUIT) and self.life == SERVING:
-                log.info("%s: asking the master for a replacement, to drain", signal.Signals(signum).name)
-                self.line.say("leaving")
-                self.stop_accepting()
-                self.life = LEAVING     # answers say close; the rest waits for the master's order
+    # Hand-over to the threads and back
+    def dispatch(self) -> None:
+        """(main thread) Hand complete requests to the threads, as many as are free.
 
-    def hear(self):
-        for word, *rest in self.line.hear():
-            if word == "go":
-                self.life = SERVING
-                self.bell.hang(STOPS)
-            else:
-                self.drain(*rest)
-        if self.line.ended and self.line in self.selector.get_map():
-            self.selector.unregister(self.line)
-            log.error("the master is gone: draining")
-            self.drain(self.generation.listeners.keys() - self.generation.borrowed, self.config.idle_grace)
-
-    def drain(self, dropped, grace):
-        """dropped: addresses that nobody takes over: close() would reset who is queued. grace: seconds for the idle."""
-        listened, self.close_at = self.life >= SERVING, self.now + min(grace, HANDSHAKE)
-        if self.life != DRAINING:           # a later order only shortens the grace
-            self.life, self.explain_at = DRAINING, self.now + DRAIN_REPORT
-            self.give_up_at = self.now + (self.config.drain_timeout or FOREVER)
-            self.stop_accepting()
-            for listener, (text, _) in list(self.listeners.items()):
-                if listened and text in dropped:    # before "go" perhaps nobody did, and accept() would fail for ever
-                    listener.turn_away()
-                else:
-                    self.listeners.pop(listener)
-                    listener.close()
-        for state in (NEW, IDLE):
-            self.limits[state] = min(self.limits[state], grace)
-            for connection in self.rooms[state]:
-                connection.deadline = min(connection.deadline, self.now + grace)
-
-    def empty_queues(self):
-        """Of listeners that nobody takes over. Out of descriptors, it goes on when there may be some again."""
-        for listener in list(self.listeners) if self.life == DRAINING and self.now >= self.accept_at else ():
-            while self.admit(listener):
-                pass
-            if self.now >= max(self.accept_at, self.close_at):
-                self.listeners.pop(listener)
-                listener.close()
-
-    # Accept
-    def full(self):     # and nobody can be asked to go: who was busy a moment ago may be about to speak
-        return self.count >= self.config.connections and not self.long_idle()
-
-    def long_idle(self):
-        """-> who has been idle longest among the new and among the kept ones, and for PAUSE seconds at least."""
-        firsts = [next(iter(room)) for room in (self.rooms[NEW], self.rooms[IDLE]) if room]
-        return [connection for connection in firsts if connection.since <= self.now - PAUSE]
-
-    def accept(self, listener, polite=False):
-        """A few at a time, if there are threads free: of many that come at once the other workers get their share. The
-        polite, where one of these has fewer connections, leave them to it for a moment; the full leave them queued."""
-        fewest = min(filter(None, scoreboard.loads[:self.config.workers + 32]), default=FOREVER) if polite else FOREVER
-        self.pressed = self.full() and any(comes_in_time(each, select.POLLIN, 0) for each in self.listeners)
-        if self.pressed or self.count > fewest + 2:
-            self.polite_at = self.now + (0.1 if self.pressed else 0.001)
-            return self.stop_accepting()
-        for _ in range(max(1, (self.config.threads - self.in_flight - len(self.rooms[WAITING])) // 4)):
-            if self.in_flight >= self.config.threads:       # the other workers get them
-                return self.stop_accepting()
-            if not self.accepting or self.full() or not self.admit(listener):
-                return
-
-    def resume_accepting(self):
-        """As soon as a thread is free, and before dispatch() takes it: else kept clients could starve the newcomers."""
-        scoreboard.loads[self.slot] = self.count + 1 if self.life == SERVING else 0
-        may = self.life == SERVING and self.now >= max(self.accept_at, self.polite_at)
-        if may and not self.accepting and self.in_flight < self.config.threads:
-            self.accepting = True
-            for listener in self.listeners:
-                self.selector.register(listener, selectors.EVENT_READ, functools.partial(self.accept, listener, True))
-            for listener in self.listeners:
-                self.accept(listener)
-
-    def stop_accepting(self):
-        for listener in self.listeners if self.accepting else ():
-            self.selector.unregister(listener)
-        self.accepting = False
-
-    def admit(self, listener):
-        """Accept a client -> is it worth another try at once?"""
-        try:
-            sock, address = listener.accept()
-            sock.setblocking(False)
-            if self.config.tls:     # its handshake is part of the first reads
-                sock = self.config.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        except WOULD_BLOCK:
-            return False        # another worker was faster
-        except OSError as error:
-            return error.errno not in EXHAUSTED or self.make_room(listener, error)      # or that client is gone again
-        while self.count >= self.config.connections and self.life == SERVING and self.evict():
-            pass
-        self.accept_at, self.count = 0.0, self.count + 1
-        host, port = address[:2] if isinstance(address, tuple) else ("", "")
-        base = {**self.listeners[listener][1], "REMOTE_ADDR": host, "REMOTE_PORT": str(port)}
-        connection = Connection(sock, host or "unix:", base, self.config.tls)
-        self.rooms[NEW][connection] = None
-        self.read(connection)   # often its request is there already, and there is no need to register it
-        return True
-
-    def make_room(self, listener, error):
-        """Out of descriptors or memory -> is there one now for who is queued? If not, a pause, not a spin."""
-        queued = comes_in_time(listener, select.POLLIN, 0)      # accept() fails so when nobody is, too
-        if queued and not self.evict():
-            self.accept_at = again_at(self.accept_at, self.now, "accept", error)
-            self.stop_accepting()
-        return queued and self.now >= self.accept_at
-
-    def base(self, listener):
-        """-> the part of the environ that is the same for all requests of a listener."""
-        name, tls = listener.getsockname(), self.config.tls
-        host, port = name[:2] if isinstance(name, tuple) else ("localhost", 443 if tls else 80)
-        return {"SERVER_NAME": host, "SERVER_PORT": str(port), "SERVER_SOFTWARE": f"hupserve/{__version__}",
-                "SCRIPT_NAME": "", "wsgi.version": (1, 0), "wsgi.url_scheme": "https" if tls else "http",
-                "wsgi.multithread": True, "wsgi.multiprocess": True, "wsgi.run_once": False,
-                "wsgi.errors": ErrorsToLog(), "wsgi.file_wrapper": wsgiref.util.FileWrapper,
-                "wsgi.input_terminated": True,      # Flask asks, before it reads a body without a length
-                "hupserve.generation": self.generation.number, "hupserve.worker": self.number}
-
-    # Move, and read
-    def move(self, connection, state):
-        """All in a room are given the same time, so that the first is the first that is due."""
-        del self.rooms[connection.state][connection]
-        self.rooms[state][connection] = None
-        connection.state, connection.since, connection.deadline = state, self.now, self.now + self.limits[state]
-        if not connection.registered and state not in (WAITING, IN_FLIGHT):
-            connection.registered = True
-            self.selector.register(connection.sock, selectors.EVENT_READ, functools.partial(self.read, connection))
-
-    def read(self, connection):
-        if connection not in self.rooms[connection.state]:
-            return      # closed on account of an earlier event of the same round
-        if connection.state in (WAITING, IN_FLIGHT):
-            # Only now: most clients await their answer, and to leave them registered saves two system calls a request.
-            connection.registered = False
-            self.selector.unregister(connection.sock)
-            return
-        came = connection.receive()
-        if came is None and connection.registered:
-            return
-        if came and connection.state == CLOSING:
-            connection.buffer = b""     # once a round: who sends and sends must not keep this thread from its deadline
-        elif came != 0:
-            self.advance(connection)
-        elif connection.state in (READING, RECEIVING):
-            self.refuse(connection, Refusal(400, "the request was cut short"))
-        else:
-            self.close(connection)
-
-    def advance(self, connection):
-        try:
-            state = connection.take_request(self.config.max_body)
-        except Refusal as refusal:
-            return self.refuse(connection, refusal)
-        if state != connection.state or state == RECEIVING or not connection.registered:    # io_timeout starts anew
-            self.move(connection, state)
-
-    def refuse(self, connection, refusal):
-        log.debug("%s: %s: %s", connection.client, connection.line, refusal.reason)
-        with contextlib.suppress(OSError):      # a few hundred bytes into an empty buffer: no waiting
-            connection.sock.send(refusal.response(connection.line))
-        if self.config.access_log != "off":
-            connection.log_access(refusal.status.value, 0)
-        self.close(connection, linger=True)
-
-    # Dispatch, and take back
-    def dispatch(self):
-        """One thread is woken for all: at the interpreter's lock they take turns anyway, and every switch costs."""
-        while self.rooms[WAITING] and self.in_flight < self.config.threads:
-            connection = next(iter(self.rooms[WAITING]))
+        One thread is woken for all: at the interpreter's lock they take turns anyway, and every
+        switch costs.
+        """
+        waiting = self.by_state[WAITING]
+        while waiting and self.in_flight < self.config.threads:
+            connection = next(iter(waiting))
+            connection.must_make_room = self.is_full() and self.clients_are_queued()
             self.move(connection, IN_FLIGHT)
             self.in_flight += 1
             self.jobs.append(connection)
-        if self.jobs and self.sleeping:
-            self.sleeping.pop().release()
-        elif self.jobs and self.threads < self.config.threads and self.now >= self.thread_at:
-            try:
-                threading.Thread(target=self.work, daemon=True, name=f"request-{self.threads}").start()
-                self.threads, self.thread_at = self.threads + 1, 0.0
-            except RuntimeError as error:       # those there are go on
-                self.thread_at = again_at(self.thread_at, self.now, "start a thread", error)
+        if not self.jobs:
+            return
+        if self.sleepers:
+            self.sleepers.pop().release()
+        elif self.threads < self.config.threads and self.now >= self.thread_pause.until:
+            self.start_thread()
 
-    def work(self):
-        """In a thread: one job after another. To start a thread for each would cost more than most of them do."""
+    def start_thread(self) -> None:
+        name = f"request-{self.threads}"
+        try:
+            threading.Thread(target=self.work, daemon=True, name=name).start()
+        except RuntimeError as error:  # the threads that there are go on
+            self.thread_pause.begin(self.now, error)
+            return
+        self.threads += 1
+        self.thread_pause.end()
+
+    def work(self) -> None:
+        """(request thread) Do one job after another.
+
+        To start a thread for each would cost more than most jobs do.
+        """
         gate = threading.Lock()
         gate.acquire()
         while True:
             try:
                 connection = self.jobs.popleft()
             except IndexError:
-                self.sleeping.append(gate)
+                self.sleepers.append(gate)
                 gate.acquire()
-            else:
-                self.process_request_thread(connection, connection.client)  # Exchange.handle(), shutdown_request()
+                continue
+            # socketserver's: it calls finish_request() and, in any case, shutdown_request().
+            self.process_request_thread(cast(Any, connection), connection.client)
 
-    def shutdown_request(self, connection):
-        """In a thread: it goes back. The bell is rung for a batch, one job early: it takes that long to wake up."""
+    def finish_request(self, connection: Any, client_address: Any) -> None:
+        """(request thread) Run the application for this connection's request."""
+        Exchange(self, connection).run()
+
+    def shutdown_request(self, connection: Any) -> None:
+        """(request thread) Hand the connection back to the main thread.
+
+        The bell is rung once for a batch, when one job is left: waking up takes about as long.
+        """
         self.returned.append(connection)
         if len(self.jobs) < 2:
-            self.bell.writer.write(b"!")    # None, if the pipe is full: it wakes anyway
+            self.bell.ring()
 
-    def take_back(self):
+    def take_back(self) -> None:
+        """(main thread) The connections whose exchange is over: keep or close them."""
         while self.returned:
             connection = self.returned.popleft()
             connection.request = None
             self.in_flight -= 1
             self.served += 1
-            if connection.keep and not connection.buffer:
-                self.move(connection, IDLE)
-            elif connection.keep:
+            if not connection.is_kept:
+                self.close_answered(connection)
+            elif connection.buffer:
                 self.advance(connection)
-            else:       # closed at once, if the client has asked for that and sent nothing more
-                came = bool(connection.buffer) or connection.receive()
-                self.close(connection, linger=connection.linger if came is None else came)
+            else:
+                self.move(connection, IDLE)
 
-    # Close, and expire
-    def close(self, connection, linger=False):
-        """linger: discard what still comes: a close with input unread is a reset, which can overtake the answer."""
-        if connection.tls:      # close_notify: anybody can cut off what has none. (What lingers is read as it comes.)
-            with contextlib.suppress(OSError, ValueError):
-                connection.sock.unwrap()
-        if linger:
-            connection.buffer = b""
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_WR)
-            return self.move(connection, CLOSING)
-        if connection.registered:
+    # Accept
+    def environ_of(self, listener: Listener) -> Environ:
+        """-> the part of the environ that is the same for all requests of a listener (PEP 3333)."""
+        name = listener.getsockname()
+        tls = self.config.tls
+        host, port = name[:2] if isinstance(name, tuple) else ("localhost", 443 if tls else 80)
+        return {
+            "SERVER_NAME": host,
+            "SERVER_PORT": str(port),
+            "SERVER_SOFTWARE": f"hupserve/{__version__}",
+            "SCRIPT_NAME": "",
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "https" if tls else "http",
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": True,
+            "wsgi.run_once": False,
+            "wsgi.errors": ErrorsToLog(),
+            "wsgi.file_wrapper": wsgiref.util.FileWrapper,
+            # Flask asks for it before it reads a body without a length.
+            "wsgi.input_terminated": True,
+            "hupserve.generation": self.generation.number,
+            "hupserve.worker": self.number,
+        }
+
+    def on_listener(self, listener: Listener) -> None:
+        """(main thread) A client is queued. Every worker wakes up for it: leave it to a better one.
+
+        To step back for POLITE_PAUSE is enough: the other worker has taken the client by then. A
+        full worker leaves it queued.
+        """
+        if self.open_connections > self.fewest_connections() + FAIR_DIFFERENCE:
+            self.pause_accepting(POLITE_PAUSE)
+        elif self.is_full():
+            self.pause_accepting(FULL_PAUSE)
+        else:
+            self.accept_some(listener)
+
+    def fewest_connections(self) -> float:
+        """-> the least number of connections that an accepting worker of this generation has."""
+        return min(filter(None, self.generation.loads), default=FOREVER) - 1
+
+    def pause_accepting(self, seconds: float) -> None:
+        self.polite_until = self.now + seconds
+        self.stop_accepting()
+
+    def accept_some(self, listener: Listener) -> None:
+        """(main thread) Accept a few. Of many that come at once other workers get their share."""
+        busy = self.in_flight + len(self.by_state[WAITING])
+        for _ in range(max(1, (self.config.threads - busy) // ACCEPT_SHARE)):
+            if self.in_flight >= self.config.threads:  # the other workers get the rest
+                self.stop_accepting()
+                return
+            if not self.is_accepting or self.is_full() or not self.admit(listener):
+                return
+
+    def resume_accepting(self) -> None:
+        """(main thread) Accept as soon as a thread is free.
+
+        This comes before dispatch() gives the thread away. Otherwise clients that are kept alive
+        could starve newcomers.
+        """
+        if self.is_accepting or self.life != SERVING or self.in_flight >= self.config.threads:
+            return
+        if self.now < max(self.accept_pause.until, self.polite_until):
+            return
+        self.is_accepting = True
+        for listener in self.listeners:
+            on_listener = functools.partial(self.on_listener, listener)
+            self.selector.register(listener, selectors.EVENT_READ, on_listener)
+        for listener in self.listeners:
+            self.accept_some(listener)
+
+    def stop_accepting(self) -> None:
+        if self.is_accepting:
+            for listener in self.listeners:
+                self.selector.unregister(listener)
+        self.is_accepting = False
+
+    def admit(self, listener: Listener) -> bool:
+        """(main thread) Accept one client. -> is it worth trying again at once?"""
+        try:
+            sock, address = listener.accept()
+            sock.setblocking(False)
+            if self.config.tls:  # the handshake is a part of the first reads
+                sock = self.config.tls.wrap_socket(
+                    sock, server_side=True, do_handshake_on_connect=False
+                )
+        except NO_DATA_YET:  # another worker was faster
+            return False
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                return self.make_room_or_pause(listener, error)
+            return True  # only that client is gone again
+        self.accept_pause.end()
+        # A draining worker empties its queues whatever its limits.
+        while self.life == SERVING and self.open_connections >= self.config.connections:
+            if not self.close_longest_idle():
+                break
+        host, port = address[:2] if isinstance(address, tuple) else ("", "")
+        remote = {"REMOTE_ADDR": host, "REMOTE_PORT": str(port)}
+        common_environ = {**self.common_environ[listener], **remote}
+        connection = Connection(sock, host or "unix:", common_environ, self.config.tls)
+        self.open_connections += 1
+        self.by_state[NEW][connection] = None
+        # Often its request is here already, and it need not be registered.
+        self.read(connection)
+        return True
+
+    def make_room_or_pause(self, listener: Listener, error: OSError) -> bool:
+        """(main thread) Out of descriptors or memory. -> did that make room for a queued client?
+
+        accept() fails in this way even when nobody is queued.
+        """
+        if not is_ready(listener, select.POLLIN, 0):
+            return False
+        if self.close_longest_idle():
+            return True
+        self.accept_pause.begin(self.now, error)
+        self.stop_accepting()
+        return False
+
+    # Limits: who has to make room
+    def is_full(self) -> bool:
+        """(main thread) Is there no place for a newcomer, nor anybody to close for it?"""
+        return self.open_connections >= self.config.connections and not self.longest_idle()
+
+    def clients_are_queued(self) -> bool:
+        return any(is_ready(listener, select.POLLIN, 0) for listener in self.listeners)
+
+    def longest_idle(self) -> Connection | None:
+        """-> the new or kept connection that has been idle for longest, and for JUST_BUSY at least.
+
+        A client that was answered a moment ago may be about to speak.
+        """
+        firsts = [next(iter(self.by_state[state]), None) for state in (NEW, IDLE)]
+        idle = [first for first in firsts if first and first.since <= self.now - JUST_BUSY]
+        return min(idle, key=lambda connection: connection.since, default=None)
+
+    def close_longest_idle(self) -> bool:
+        """(main thread) Make room. -> was there one to close, or to read because it has spoken?"""
+        connection = self.longest_idle()
+        if connection:
+            connection.deadline = self.now
+            self.expire()
+        return connection is not None
+
+    # Read
+    def move(self, connection: Connection, state: State) -> None:
+        """(main thread) The one place where a connection's state changes.
+
+        All connections in a state have the same timeout, so the first is the first that is due.
+        (shorten_grace() keeps that true.)
+        """
+        del self.by_state[connection.state][connection]
+        self.by_state[state][connection] = None
+        connection.state = state
+        connection.since = self.now
+        connection.deadline = self.now + self.limits[state]
+        if not connection.is_registered and state not in (WAITING, IN_FLIGHT):
+            connection.is_registered = True
+            read = functools.partial(self.read, connection)
+            self.selector.register(connection.sock, selectors.EVENT_READ, read)
+
+    def read(self, connection: Connection) -> None:
+        """(main thread) Input has come, or the end of it."""
+        if connection not in self.by_state[connection.state]:
+            return  # it was closed on account of an earlier event of this round
+        if connection.state in (WAITING, IN_FLIGHT):
+            # Unregister it only now. Most clients await their answer before they send more, and to
+            # leave them registered saves two system calls a request.
+            connection.is_registered = False
             self.selector.unregister(connection.sock)
-        del self.rooms[connection.state][connection]
-        self.count, self.polite_at = self.count - 1, 0.0 if self.pressed else self.polite_at    # there is a place now
+            return
+        came = connection.receive()
+        if came is None and connection.is_registered:
+            return
+        if came == 0:
+            self.on_end_of_input(connection)
+        elif connection.state == CLOSING:
+            # Discard one piece a round: a client that sends without end must not keep this thread
+            # from its deadline.
+            connection.buffer = b""
+        else:
+            self.advance(connection)
+
+    def on_end_of_input(self, connection: Connection) -> None:
+        if connection.state in (READING, RECEIVING):
+            self.refuse(connection, Refusal(400, "the request was cut short"))
+        else:
+            self.close(connection)
+
+    def advance(self, connection: Connection) -> None:
+        """(main thread) Move a connection to the state that its input now justifies."""
+        try:
+            state = take_request(connection, self.config.max_body)
+        except Refusal as refusal:
+            self.refuse(connection, refusal)
+            return
+        # A part of a body is progress: io_timeout starts again.
+        is_news = state != connection.state or state == RECEIVING
+        if is_news or not connection.is_registered:
+            self.move(connection, state)
+
+    def refuse(self, connection: Connection, refusal: Refusal) -> None:
+        """(main thread) Answer with an error, and close."""
+        log.debug("%s: %s: %s", connection.client, connection.line, refusal.reason)
+        with contextlib.suppress(OSError):  # a few hundred bytes into an empty buffer do not wait
+            connection.sock.send(refusal.response(connection.line))
+        if self.config.access_log != "off":
+            log_access(connection, str(refusal.status.value), 0)
+        self.linger(connection)
+
+    # Close
+    def close_answered(self, connection: Connection) -> None:
+        """(main thread) After the last answer: close at once if the client can send no more."""
+        came = len(connection.buffer) or connection.receive()
+        if came or (came is None and connection.must_linger):
+            self.linger(connection)
+        else:
+            self.close(connection)
+
+    def linger(self, connection: Connection) -> None:
+        """(main thread) Shut down our side, and discard what still comes.
+
+        A close with input unread is a reset, which can overtake the answer.
+        """
+        self.say_goodbye(connection)
+        connection.buffer = b""
+        with contextlib.suppress(OSError):
+            connection.sock.shutdown(socket.SHUT_WR)
+        self.move(connection, CLOSING)
+
+    def close(self, connection: Connection) -> None:
+        """(main thread) Close the socket. This is the only place that does (rule 2)."""
+        self.say_goodbye(connection)
+        if connection.is_registered:
+            self.selector.unregister(connection.sock)
+        del self.by_state[connection.state][connection]
+        if self.open_connections >= self.config.connections:
+            self.polite_until = 0.0  # a full worker has a place for a newcomer now
+        self.open_connections -= 1
         connection.sock.close()
 
-    def evict(self):
-        """Close, or read if it has spoken, who has been idle longest, and for long -> was there one?"""
-        idle = self.long_idle()
-        if idle:
-            min(idle, key=lambda connection: connection.since).deadline = self.now
-            self.expire()
-        return bool(idle)
+    def say_goodbye(self, connection: Connection) -> None:
+        """Send TLS's close_notify: without it a client cannot tell the end from a cut."""
+        if connection.tls:
+            with contextlib.suppress(OSError, ValueError):
+                cast(ssl.SSLSocket, connection.sock).unwrap()
 
-    def expire(self):
-        """End what is due. Who is idle is read once more just before: what risk remains, see RFC 9112 section 9.5."""
-        for room in self.rooms:
-            while room and next(iter(room)).deadline <= self.now:
-                connection = next(iter(room))
+    def expire(self) -> None:
+        """(main thread) End what is due.
+
+        An idle connection is read once more just before. A request that is sent after this read is
+        lost: the one race that HTTP/1.1 leaves.
+        """
+        for connections in self.by_state:
+            while connections:
+                connection = next(iter(connections))
+                if connection.deadline > self.now:
+                    break
                 if connection.state <= IDLE and connection.receive():
                     self.advance(connection)
-                if connection in room and connection.state in (READING, RECEIVING):
+                if connection not in connections:
+                    continue
+                if connection.state in (READING, RECEIVING):
                     self.refuse(connection, Refusal(408, "the request took too long to arrive"))
-                elif connection in room:
+                else:
                     self.close(connection)
 
-    # When the application forks, as multiprocessing does
-    def before_fork(self):
-        """Not while a socket is in no room: the child would keep it. A TERM to that has to wait for disown()."""
-        self.still.acquire()
-        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
+    # Drain: what WorkerLife.drain() asks for
+    def close_listeners(self, but_empty_first: Collection[str]) -> None:
+        for listener, address in list(self.listeners.items()):
+            if address not in but_empty_first:
+                self.close_listener(listener)
 
-    def after_fork(self):
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
-        self.still.release()
+    def close_listener(self, listener: Listener) -> None:
+        del self.listeners[listener]
+        listener.close()
 
-    def disown(self):
-        """In the child: it must hold no connection or listener open, nor answer to our signals."""
-        if self.bell:       # once: in its own children the descriptors may be something else
-            for each in (self.line.sock, self.selector, self.bell.reader, self.bell.writer, *self.listeners,
-                         *(connection.sock for room in self.rooms for connection in room)):
-                each.close()
-            self.bell = None
-            self.jobs.clear()       # if its copy of a request ends by an exception, it is back in work()
-            signal.set_wakeup_fd(-1)
-            for signum in MASTER_SIGNALS:
-                signal.signal(signum, signal.SIG_DFL)
-        self.after_fork()
+    def empty_queues(self) -> None:
+        """(main thread) Accept whatever is queued at addresses that nobody inherits; close them.
+
+        Out of descriptors, this goes on when there may be some again.
+        """
+        if self.life != DRAINING:
+            return
+        for listener in list(self.listeners):
+            while self.now >= self.accept_pause.until and self.admit(listener):
+                pass
+            if self.now >= self.accept_pause.until:
+                self.close_listener(listener)
+
+    def shorten_grace(self, grace: float) -> None:
+        for state in (NEW, IDLE):
+            self.limits[state] = min(self.limits[state], grace)
+            for connection in self.by_state[state]:
+                connection.deadline = min(connection.deadline, self.now + grace)
+
+    # Report
+    def explain(self) -> None:
+        """(main thread) Say what every operator asks: why is the old worker still there?"""
+        if self.now < self.explain_at:
+            return
+        self.explain_at = self.now + DRAIN_REPORT
+        oldest = ""
+        for wait in self.oldest_requests(1):
+            age = self.now - wait["since"]
+            oldest = f"; the oldest: {wait['client']} {wait['request']} for {age:.0f} s"
+        others = self.open_connections - self.in_flight
+        log.info(
+            "still draining: %d in flight, %d other connections%s", self.in_flight, others, oldest
+        )
+
+    def report(self) -> None:
+        """(main thread) Tell the other workers of the load, and the scoreboard what has changed."""
+        accepts = self.life == SERVING
+        self.generation.loads[self.number] = self.open_connections + 1 if accepts else 0
+        if self.now < self.report_at:
+            return
+        new, idle, reading, receiving, *_ = map(len, self.by_state)
+        facts = {
+            "pid": os.getpid(),
+            "worker": self.number,
+            "generation": self.generation.number,
+            "state": self.life.name.lower(),
+            "idle": new + idle,
+            "reading": reading + receiving,
+            "in_flight": self.in_flight,
+            "served": self.served,
+            "waits_for": self.oldest_requests(SHOWN_REQUESTS) if self.drains() else [],
+        }
+        if facts != self.reported:
+            self.reported = facts
+            self.report_at = self.now + REPORT_PAUSE
+            scoreboard.write(self.slot, facts)
+
+    def oldest_requests(self, count: int) -> list[dict[str, Any]]:
+        """-> the oldest requests in flight, without their queries, which hold secrets."""
+        oldest = itertools.islice(self.by_state[IN_FLIGHT], count)
+        return [
+            {
+                "client": connection.client,
+                "request": re.split(r"[?]| HTTP/", connection.line)[0][:SHOWN_PATH],
+                "since": connection.since,
+            }
+            for connection in oldest
+        ]
+
+
+# ==================================================================================================
+# Part III: one exchange (RFC 9110, RFC 9112, PEP 3333)
+#
+# First a head is parsed, then a body is read as the application asks for it, then the response is
+# framed and sent. The parser is strict because a proxy in front may read a doubtful message in
+# another way than we do: what one takes for a body, the other may take for the next request.
+# ==================================================================================================
+MAX_LINE = (
+    8192  # bytes of a request line (414), of a chunk's size with its extensions, of a trailer
+)
+MAX_HEAD = 65536  # bytes of a head (431), of all chunk extensions (400)
+MAX_FIELDS = 100  # in a head, and in trailers (431)
+SMALL_BODY = 65536  # bytes: a body announced as so short is read before a thread is taken
+TRICKLE = 4096  # bytes of a response that a client must take within io_timeout
+CACHED = 128  # parsed heads, their fields, and response heads that are remembered
+MOST_AT_ONCE = 2**30  # bytes that sendfile() is asked for
+
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+AUTHORITY = re.compile(
+    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]"
+    r"|(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*)"
+    r"(?::[0-9]{0,5})?"
+)
+REQUEST_LINE = re.compile(
+    rf"(?P<method>{TOKEN}) (?P<target>[!-~]+) HTTP/(?P<major>[0-9])\.(?P<minor>[0-9])"
+)
+ABSOLUTE_TARGET = re.compile(r"https?://(?P<host>[^:/?][^/?]*)/?(?P<rest>.*)", re.IGNORECASE)
+FIELD = rf"(?P<name>{TOKEN}):(?P<value>[\t -~\x80-\xff]*)"
+FIELD_LINE = re.compile(FIELD)
+DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")  # in a head: NUL, bare LF, bare CR
+# These two match a line without its LF.
+CHUNK_LINE = re.compile(rb"(?P<size>[0-9A-Fa-f]{1,16})(?P<extensions>;[\t -~\x80-\xff]*)?\r")
+TRAILER_LINE = re.compile(rf"(?:{FIELD})?\r".encode())
+STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
+LENGTH = re.compile("[0-9]{1,18}")  # more digits than any real length has
+FORGING = re.compile(r"[^\t -~\x80-\xff]")  # CR or LF in a response field would begin another
+CLOSE_OPTION = re.compile(r"\bclose\b", re.IGNORECASE)
+
+
+class Refusal(OSError):
+    """A request that we refuse with an HTTP status; its connection closes.
+
+    It is an OSError because reading wsgi.input is expected to raise such.
+    """
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(errno.EBADMSG, reason)
+        self.status = http.HTTPStatus(status)
+        self.reason = reason
+
+    def response(self, request_line: str) -> bytes:
+        """-> the whole response. A HEAD is answered without a body."""
+        status = f"{self.status.value} {self.status.phrase}"
+        body = f"{status}: {self.reason}\n"
+        head = (
+            f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\n"
+            f"Date: {email.utils.formatdate(usegmt=True)}\r\nConnection: close\r\n\r\n"
+        )
+        return (head if request_line.startswith("HEAD ") else head + body).encode()
+
+
+def refuse_if(wrong: object, status: int, reason: str) -> None:
+    if wrong:
+        raise Refusal(status, reason)
+
+
+# Parsing a head
+class Request(NamedTuple):
+    """What a head says. It is cached and shared by requests, so it is never changed."""
+
+    line: str  # escaped for logs
+    environ: Environ  # the head in PEP 3333's words
+    length: int | None  # bytes of the body; None: it is chunked
+    expects_100: bool  # the client waits for 100 Continue before it sends the body
+    keeps: bool  # the client would keep the connection
+    is_http11: bool  # the client knows chunked
+
+
+class Framing(NamedTuple):
+    """What the fields of a head say about its body and connection (RFC 9112 section 6)."""
+
+    length: int | None
+    expects_100: bool
+    keeps: bool
+
+
+def take_request(connection: Connection, max_body: int) -> State:
+    """(main thread) Take the next request's head off the buffer, if all of it is there.
+
+    -> the State that the buffer now justifies. Raises Refusal.
+    """
+    if connection.request is None:
+        if connection.buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2 lets clients send some
+            connection.buffer = re.sub(rb"(\r\n)+", b"", connection.buffer, count=1)
+            connection.scanned = 0
+        end = connection.buffer.find(b"\r\n\r\n", max(0, connection.scanned - 3))
+        if end < 0 or end > MAX_HEAD - 4:
+            return take_partial_head(connection)
+        connection.request = parse_head(connection.buffer[: end + 2])
+        connection.buffer = connection.buffer[end + 4 :]
+        connection.scanned = 0
+        too_long = 0 < max_body < (connection.request.length or 0)
+        refuse_if(too_long, 413, "more than max_body bytes")
+    request = connection.request
+    length = request.length or 0
+    if length > SMALL_BODY or request.expects_100 or len(connection.buffer) >= length:
+        return WAITING
+    return RECEIVING
+
+
+def take_partial_head(connection: Connection) -> State:
+    """(main thread) A head that is not complete: is there something wrong with it already?"""
+    buffer = connection.buffer
+    if buffer in (b"", b"\r"):  # an empty line is no request
+        return NEW if connection.state == NEW else IDLE
+    line, crlf, _ = buffer.partition(b"\r\n")
+    if crlf or len(line) > MAX_LINE + 1:  # its CR may have come without its LF
+        parse_request_line(line)
+    refuse_if(len(buffer) >= MAX_HEAD, 431, f"a head of more than {MAX_HEAD} bytes")
+    doubt = DOUBTFUL.search(buffer, max(0, connection.scanned - 1))
+    refuse_if(doubt, 400, "NUL, bare CR or bare LF in a head")
+    connection.scanned = len(buffer)
+    return READING
+
+
+# Two caches: a client repeats its whole head or, if only the path changes, its fields.
+@functools.lru_cache(maxsize=CACHED)
+def parse_head(head: bytes) -> Request:
+    r"""Parse a head without its empty line. Raises Refusal.
+
+    b"GET /a%20b?c HTTP/1.1\r\nHost: x\r\n" gives an environ with PATH_INFO "/a b", QUERY_STRING "c"
+    and HTTP_HOST "x", the length 0, and keeps the connection.
+    """
+    line, _, fields = head.partition(b"\r\n")
+    method, target, major, minor = parse_request_line(line)
+    is_http11 = minor != "0"
+    refuse_if(major == "0", 400, f"HTTP/{major}.{minor} is not spoken here")
+    refuse_if(major != "1", 505, f"HTTP/{major}.{minor} is not spoken here")
+    refuse_if(method == "CONNECT", 501, "this is no proxy")
+    absolute = ABSOLUTE_TARGET.fullmatch(target)
+    if absolute:
+        is_proper = is_authority(absolute["host"])
+    else:
+        is_proper = target.startswith("/") or (method == "OPTIONS" and target == "*")
+    refuse_if("#" in target or not is_proper, 400, "malformed request target")
+    environ, framing = parse_fields(fields, is_http11)
+    if absolute:
+        environ = {**environ, "HTTP_HOST": absolute["host"]}  # it overrides Host
+        target = "/" + absolute["rest"]
+    path, _, query = target.partition("?")
+    if path == "*":
+        path = ""  # the server as a whole
+    if "%" in path:
+        path = urllib.parse.unquote_to_bytes(path).decode("latin-1")
+    environ = {
+        **environ,
+        "REQUEST_METHOD": method,
+        "REQUEST_URI": target,
+        "PATH_INFO": path,
+        "QUERY_STRING": query,
+        "SERVER_PROTOCOL": "HTTP/1.1" if is_http11 else "HTTP/1.0",
+    }
+    return Request(escaped(line.decode()), environ, *framing, is_http11)
+
+
+def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
+    """-> method, target, major and minor version (RFC 9112 section 3). Raises Refusal."""
+    refuse_if(len(line) > MAX_LINE, 414, f"a request line of more than {MAX_LINE} bytes")
+    match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
+    if match is None:
+        raise Refusal(400, "malformed request line")
+    return match["method"], match["target"], match["major"], match["minor"]
+
+
+@functools.lru_cache(maxsize=CACHED)
+def parse_fields(block: bytes, is_http11: bool) -> tuple[Environ, Framing]:
+    """Field lines -> their part of an environ, and the framing (RFC 9112 sections 5 and 6)."""
+    environ = parse_field_lines(block)
+    refuse_if(is_http11 and "HTTP_HOST" not in environ, 400, "no Host")
+    refuse_if(not is_authority(environ.get("HTTP_HOST", "")), 400, "invalid Host")
+    length = environ.get("CONTENT_LENGTH", "0")
+    refuse_if(not LENGTH.fullmatch(length), 400, "invalid Content-Length")
+    is_chunked = "HTTP_TRANSFER_ENCODING" in environ
+    if is_chunked:
+        both = "CONTENT_LENGTH" in environ
+        refuse_if(both, 400, "both Content-Length and Transfer-Encoding")
+        refuse_if(not is_http11, 400, "Transfer-Encoding in HTTP/1.0")
+        codings = list_items(environ["HTTP_TRANSFER_ENCODING"])
+        wrong = codings.count("chunked") > 1 or "" in codings
+        refuse_if(wrong, 400, "invalid Transfer-Encoding")
+        refuse_if(codings != ["chunked"], 501, "unknown transfer coding")
+    expectation = environ.get("HTTP_EXPECT", "").lower() if is_http11 else ""
+    refuse_if(expectation not in ("", "100-continue"), 417, "unknown expectation")
+    options = list_items(environ.get("HTTP_CONNECTION", ""))
+    keeps = "close" not in options and (is_http11 or "keep-alive" in options)
+    return environ, Framing(None if is_chunked else int(length), expectation != "", keeps)
+
+
+def list_items(value: str) -> list[str]:
+    """' Chunked , x' -> ['chunked', 'x']."""
+    return [item.strip(" \t") for item in value.lower().split(",")]
+
+
+def parse_field_lines(block: bytes) -> Environ:
+    r"""b"Host: x\r\nAccept: y\r\n" -> {"HTTP_HOST": "x", "HTTP_ACCEPT": "y"}. Raises Refusal."""
+    lines = block.decode("latin-1").split("\r\n")[:-1]
+    refuse_if(len(lines) > MAX_FIELDS, 431, f"more than {MAX_FIELDS} header fields")
+    environ: Environ = {}
+    for line in lines:
+        match = FIELD_LINE.fullmatch(line)
+        if match is None:
+            raise Refusal(400, "malformed header field")
+        if "_" in match["name"]:
+            continue  # X_Y and X-Y are one in the environ: one could pose as the other
+        name = match["name"].upper().replace("-", "_")
+        key = name if name in ("CONTENT_LENGTH", "CONTENT_TYPE") else f"HTTP_{name}"
+        value = match["value"].strip(" \t")
+        if key not in environ:
+            environ[key] = value
+        elif key != "CONTENT_LENGTH" or environ[key] != value:
+            # Two different lengths, or two Hosts, join to something invalid that is refused later.
+            environ[key] += ("; " if key == "HTTP_COOKIE" else ",") + value
+    return environ
+
+
+def is_authority(text: str) -> bool:
+    """Is it a host, perhaps with a port (RFC 3986 section 3.2)?"""
+    match = AUTHORITY.fullmatch(text)
+    if match is None:
+        return False
+    try:
+        ipaddress.IPv6Address(match["ipv6"] or "::")
+    except ValueError:
+        return False
+    return True
+
+
+# Reading a body
+class Body(io.RawIOBase):
+    """(request thread) A request's body, read as it comes (RFC 9112 sections 6 and 7.1).
+
+    After a Refusal each read raises it again.
+    """
+
+    in_chunks = 0  # bytes in all chunks so far
+    in_extensions = 0  # bytes in all chunk extensions so far
+    refusal: Refusal | None = None
+
+    def __init__(self, exchange: Exchange, request: Request):
+        self.exchange = exchange
+        self.connection = exchange.connection
+        self.config = exchange.worker.config
+        self.is_chunked = request.length is None  # False again after the last chunk
+        self.unread = request.length or 0  # bytes of the body, or of the present chunk
+        self.owes_100 = request.expects_100 and not self.connection.buffer
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        if self.refusal:
+            raise self.refusal
+        try:
+            if self.is_chunked and not self.unread:
+                self.begin_chunk()
+            count = self.read_some(memoryview(target)[: self.unread])
+        except Refusal as refusal:
+            self.refusal = refusal
+            raise
+        self.unread -= count
+        return count
+
+    def read_some(self, target: memoryview) -> int:
+        """-> the number of bytes put into the target; 0 only if it has no room for any."""
+        if not target:
+            return 0
+        buffer = self.connection.buffer
+        if not buffer:
+            return self.wait_for_input(target)  # straight into the caller's buffer: no second copy
+        count = min(len(target), len(buffer))
+        target[:count] = buffer[:count]
+        self.connection.buffer = buffer[count:]
+        return count
+
+    def begin_chunk(self) -> None:
+        """Read the line with the next chunk's size and, after the last chunk, the trailers."""
+        if self.in_chunks:
+            self.take_line(TRAILER_LINE, 1)  # the CRLF that ends the previous chunk
+        line = self.take_line(CHUNK_LINE)
+        self.unread = int(line["size"], 16)
+        self.in_chunks += self.unread
+        self.in_extensions += len(line["extensions"] or b"")
+        too_many = self.in_extensions > MAX_HEAD
+        refuse_if(too_many, 400, f"chunk extensions of more than {MAX_HEAD} bytes")
+        refuse_if(0 < self.config.max_body < self.in_chunks, 413, "more than max_body bytes")
+        if self.unread == 0:
+            self.discard_trailers()
+            self.is_chunked = False
+
+    def discard_trailers(self) -> None:
+        """They must be well-formed, and end with an empty line."""
+        for _ in range(MAX_FIELDS + 1):
+            if self.take_line(TRAILER_LINE)[0] == b"\r":
+                return
+        raise Refusal(431, f"more than {MAX_FIELDS} trailers")
+
+    def take_line(self, pattern: re.Pattern[bytes], limit: int = MAX_LINE) -> re.Match[bytes]:
+        """Take a line of at most `limit` bytes off the buffer. -> its match."""
+        while b"\n" not in self.connection.buffer and len(self.connection.buffer) <= limit:
+            self.wait_for_input()
+        line, _, self.connection.buffer = self.connection.buffer.partition(b"\n")
+        match = pattern.fullmatch(line)
+        if match is None or len(line) > limit:
+            raise Refusal(400, "malformed chunk")
+        return match
+
+    def wait_for_input(self, target: memoryview | None = None) -> int:
+        """Wait until some has come, having sent 100 Continue if it is owed. -> number of bytes."""
+        while True:
+            came = self.connection.receive(target)
+            if came is not None:
+                break
+            if self.owes_100 and not self.exchange.head_is_sent:
+                self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.owes_100 = False
+            ready = is_ready(self.connection.sock, select.POLLIN, self.config.io_timeout)
+            refuse_if(not ready, 408, "slow body")
+        refuse_if(came == 0, 400, "the body was cut short")
+        return came
+
+    def can_be_skipped(self) -> bool:
+        """Has all that the application may leave unread arrived, so that it can be skipped?
+
+        Only a short rest of a body whose length was announced is looked for.
+        """
+        if self.is_chunked:
+            return False
+        while len(self.connection.buffer) < self.unread <= SMALL_BODY:
+            if not self.connection.receive():
+                return False
+        return len(self.connection.buffer) >= self.unread
+
+    def skip(self) -> None:
+        self.connection.buffer = self.connection.buffer[self.unread :]
+        self.unread = 0
+
+
+# Sending a response
+class ResponseHead(NamedTuple):
+    """What the application gave to start_response, checked."""
+
+    lines: bytes  # without what frames the body and the connection
+    length: int | None  # its Content-Length
+    keeps: bool  # it did not say `Connection: close`
+
+
+@functools.lru_cache(maxsize=CACHED)
+def begin_head(
+    status: str, headers: tuple[tuple[str, str], ...], epoch_second: int
+) -> ResponseHead:
+    """Check what start_response was given (PEP 3333). Raises ValueError, TypeError.
+
+    The present second is an argument because a cached head's Date ends with it.
+    """
+    if not STATUS.fullmatch(status):
+        raise ValueError(f"{status!r} is no status")
+    ours = {
+        "date": f"Date: {email.utils.formatdate(epoch_second, usegmt=True)}",
+        "server": "Server: hupserve",
+    }
+    lines = [f"HTTP/1.1 {status:4}"]  # "200 ", where there is no reason phrase
+    length = None
+    keeps = True
+    for name, value in headers:
+        lower = name.lower()
+        if not re.fullmatch(TOKEN, name) or FORGING.search(value):
+            raise ValueError(f"{name!r}: {value!r} could add a header, or a response")
+        if lower == "content-length":
+            if not LENGTH.fullmatch(value) or length not in (None, int(value)):
+                raise ValueError(f"invalid Content-Length {value!r}")
+            length = int(value)
+        elif lower == "connection":
+            keeps = keeps and not CLOSE_OPTION.search(value)
+        elif not is_hop_by_hop(lower):
+            lines.append(f"{name}: {value}")
+            ours.pop(lower, None)  # the application gives its own
+    return ResponseHead("\r\n".join([*lines, *ours.values()]).encode("latin-1"), length, keeps)
+
+
+def is_hop_by_hop(name: str) -> bool:
+    """wsgiref's table says "trailers" where RFC 2616 section 13.5.1 meant the field Trailer."""
+    return wsgiref.util.is_hop_by_hop(name) or name == "trailer"
+
+
+class Exchange:
+    """(request thread) One request and its response. The thread owns the connection (rule 1)."""
+
+    status = ""  # the response's status line, once start_response was called
+    unsent: int | None = None  # bytes of body that the Content-Length still allows; None: any
+    sent = 0  # bytes of body
+    head_is_sent = False
+    is_chunked = False  # the response
+    response_head: ResponseHead  # from start_response on
+
+    def __init__(self, worker: Worker, connection: Connection):
+        self.worker = worker
+        self.connection = connection
+        self.config = worker.config
+        self.request = cast(Request, connection.request)
+        self.keeps = (
+            self.request.keeps
+            and self.config.keepalive_timeout > 0
+            and not connection.must_make_room
+        )
+        self.body = None if self.request.length == 0 else Body(self, self.request)
+
+    def run(self) -> None:
+        """Answer the request, and say what becomes of the connection."""
+        connection = self.connection
+        connection.is_kept = False
+        wsgi_input = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO()
+        try:
+            environ = {
+                **connection.common_environ,
+                **self.request.environ,
+                "wsgi.input": wsgi_input,
+            }
+            self.respond(self.worker.application(environ, self.start_response))
+        except Refusal as refusal:  # raised by wsgi.input and not caught, or by send()
+            log.debug("%s: %s: %s", connection.client, self.request.line, refusal.reason)
+            self.fail(refusal)
+        except BaseException:  # sys.exit() in a request is the application's error, too
+            log.exception("%s: %s", connection.client, self.request.line)
+            answer_is_whole = self.head_is_sent and self.unsent == 0
+            if not answer_is_whole:
+                self.fail(Refusal(500, "the application failed"))
+        connection.must_linger = self.client_may_be_sending()
+        if self.keeps and self.body:
+            self.body.skip()  # may_keep() has seen to it that all of it is here
+        connection.is_kept = self.keeps
+        self.unsent = 0  # disarms a write() that the application has stored
+        self.body = None  # breaks a reference cycle: the buffers go at once
+        if self.config.access_log != "off":
+            log_access(connection, self.status[:3], self.sent)
+
+    def client_may_be_sending(self) -> bool:
+        """Would a close be risky? It is not if the client asked for it and sent its whole request.
+
+        A long response may still be in the kernel's buffer, where a reset would destroy it.
+        """
+        if self.request.keeps or self.sent > PIECE:
+            return True
+        return self.body is not None and (self.body.is_chunked or self.body.unread > 0)
+
+    def respond(self, result: Iterable[bytes]) -> None:
+        """Send what the application returned, and close it in any case (PEP 3333)."""
+        try:
+            is_file = isinstance(result, wsgiref.util.FileWrapper)
+            if not (is_file and self.send_file(cast(Any, result).filelike)):
+                self.send_pieces(result)
+            if self.is_chunked:
+                self.send(b"0\r\n\r\n")
+            elif self.unsent:
+                self.keeps = False
+                log.error(
+                    "%s: %d bytes less than its Content-Length", self.request.line, self.unsent
+                )
+        finally:
+            close = getattr(result, "close", None)
+            if close is not None:
+                close()
+
+    def send_pieces(self, pieces: Iterable[bytes]) -> None:
+        is_whole = isinstance(pieces, (list, tuple)) and len(pieces) == 1
+        for piece in pieces:
+            if piece and self.head_is_sent and self.unsent == 0:
+                break  # surplus never reaches the wire, and may never end
+            if piece != b"":  # not `if piece`: an empty str is an error, too
+                self.send_piece(piece, is_whole)
+        if not self.head_is_sent:
+            self.send(self.finish_head(0))
+
+    def start_response(
+        self, status: str, headers: Sequence[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], None]:
+        """PEP 3333. Raises what is wrong with its arguments, in the application."""
+        if exc_info and self.head_is_sent:
+            raise exc_info[1].with_traceback(exc_info[2])
+        if self.status and not exc_info:
+            raise AssertionError("start_response was called twice, without exc_info")
+        self.response_head = begin_head(status, tuple(map(tuple, headers)), int(time.time()))
+        self.status = status
+        self.unsent = self.response_head.length
+        self.keeps = self.keeps and self.response_head.keeps
+        return self.send_piece
+
+    def finish_head(self, length: int | None) -> bytes:
+        """-> the head as bytes, to be sent at once. length: of the body, if it is known."""
+        if not self.status:
+            raise AssertionError("start_response was not called")
+        head = self.response_head.lines + self.framing(length)
+        self.keeps = self.keeps and self.may_keep()
+        self.head_is_sent = True
+        if not self.keeps:
+            return head + b"\r\nConnection: close\r\n\r\n"
+        if not self.request.is_http11:
+            return head + b"\r\nConnection: keep-alive\r\n\r\n"
+        return head + b"\r\n\r\n"
+
+    def framing(self, length: int | None) -> bytes:
+        """Decide how the client learns where the body ends (RFC 9112 section 6.3). -> a field.
+
+        204                      no body, no field
+        304, HEAD                no body; a Content-Length that the application gave stays
+        length known             Content-Length
+        unknown, HTTP/1.1        chunked
+        unknown, HTTP/1.0        the end of the connection
+        """
+        code = self.status[:3]
+        never_has_body = code == "204" or code[0] == "1"
+        if never_has_body or code == "304" or self.request.environ["REQUEST_METHOD"] == "HEAD":
+            announced = self.unsent
+            self.unsent = 0
+            if code[0] == "1":
+                self.keeps = False
+            if announced is None or never_has_body:
+                return b""
+            return b"\r\nContent-Length: %d" % announced
+        if self.unsent is None:
+            self.unsent = length
+        if self.unsent is not None:
+            return b"\r\nContent-Length: %d" % self.unsent
+        if self.request.is_http11:
+            self.is_chunked = True
+            return b"\r\nTransfer-Encoding: chunked"
+        self.keeps = False
+        return b""
+
+    def may_keep(self) -> bool:
+        """Can another request follow on this connection?
+
+        In a drain, only one that has arrived already. That is looked for once per connection: a
+        client that always has sent more would never let the worker go.
+        """
+        if self.body and not self.body.can_be_skipped():
+            return False
+        if not self.worker.drains():
+            return True
+        connection = self.connection
+        first_look = not connection.looked_ahead
+        connection.looked_ahead = True
+        unread = self.body.unread if self.body else 0
+        if len(connection.buffer) > unread:
+            return True
+        return first_look and bool(connection.receive())
+
+    def send_piece(self, data: bytes, is_whole: bool = False) -> None:
+        """Send a piece of the body, the head before the first. It is PEP 3333's write(), too."""
+        if not isinstance(data, bytes):
+            raise TypeError(f"the application gave {type(data).__name__}, not bytes")
+        head = b""
+        if not self.head_is_sent:
+            head = self.finish_head(len(data) if is_whole else None)
+        if self.unsent is not None:
+            data = data[: self.unsent]  # more than was announced would pose as the next response
+        if self.is_chunked and data:
+            self.send(head + b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            self.send(head + data)
+        self.sent += len(data)
+        if self.unsent is not None:
+            self.unsent -= len(data)
+
+    def send(self, data: bytes) -> None:
+        """Send all of it. Raises Refusal if the client is gone or too slow."""
+        rest: bytes | memoryview = data
+        if len(data) > PIECE:  # what is left of less is copied, and that is mostly nothing
+            rest = memoryview(data)
+        while rest:
+            try:
+                count = self.connection.sock.send(rest)
+            except NO_DATA_YET:
+                self.wait_for_room()
+            except OSError as error:
+                raise Refusal(408, f"client gone: {reason_of(error)}") from None
+            else:
+                rest = rest[count:]
+
+    def wait_for_room(self) -> None:
+        """Wait until the socket takes more. Raises Refusal if the client takes next to nothing.
+
+        POLLOUT waits for a third of the send buffer, which can be megabytes. A slow client may be
+        alive for long before that, so its progress is measured by what is left in the buffer.
+        """
+        queued = unsent_bytes(self.connection.sock)
+        while not is_ready(self.connection.sock, select.POLLOUT, self.config.io_timeout):
+            before = queued
+            queued = unsent_bytes(self.connection.sock)
+            refuse_if(queued > before - TRICKLE, 408, "the client takes nothing")
+
+    def send_file(self, file: Any) -> bool:
+        """Send a plain file from its position to its end by sendfile(). -> False: read it instead.
+
+        (A GzipFile has a descriptor, too, but what it reads is not what is in the file.)
+        """
+        if self.head_is_sent or self.connection.tls or not hasattr(os, "sendfile"):
+            return False
+        is_plain = type(getattr(file, "raw", file)) is io.FileIO and os.path.isfile(file.fileno())
+        if not is_plain:
+            return False
+        start = file.tell()
+        size = os.path.getsize(file.fileno())
+        if start >= size:  # as of the files in /proc, whose size is 0
+            return False
+        self.send(self.finish_head(size - start))
+        while self.unsent:
+            count = self.send_from_file(file.fileno(), start + self.sent, self.unsent)
+            if count == 0:  # it has become shorter, or sendfile() cannot
+                break
+            self.sent += count
+            self.unsent -= count
+        return self.sent > 0 or not self.unsent
+
+    def send_from_file(self, descriptor: int, offset: int, count: int) -> int:
+        """-> bytes sent. 0: there are no more, or this system cannot send this file so."""
+        while True:
+            try:
+                sock = self.connection.sock.fileno()
+                return os.sendfile(sock, descriptor, offset, min(count, MOST_AT_ONCE))
+            except NO_DATA_YET:
+                self.wait_for_room()
+            except OSError as error:
+                if self.sent == 0:
+                    return 0
+                raise Refusal(408, f"client gone: {reason_of(error)}") from None
+
+    def fail(self, refusal: Refusal) -> None:
+        """Answer with a status of ours if nothing is on the wire yet. The connection closes."""
+        self.keeps = False
+        if not self.head_is_sent:
+            self.head_is_sent = True
+            self.status = str(refusal.status.value)
+            with contextlib.suppress(OSError):
+                self.send(refusal.response(self.request.line))
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """-> how much the client has not acknowledged yet. Only Linux can tell: elsewhere always 0, so
+    a client for which there is no room within io_timeout seems to make no progress."""
+    if sys.platform != "linux":
+        return 0
+    return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
 
 
 class ErrorsToLog(io.TextIOBase):
     """wsgi.errors: what the application writes there becomes lines of the log."""
-    def write(self, text):
+
+    def write(self, text: str) -> int:
         if text.strip():
             log.error("%s", text.rstrip())
         return len(text)
 
 
-def run_worker(generation, number, slot, line):
-    """A worker's life, in the worker. Signals are still blocked when it begins."""
-    bell = Bell()
-    for signum in MASTER_SIGNALS:
-        signal.signal(signum, signal.SIG_DFL)   # until it serves, it dies of TERM at once
-    bell.hang((signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN))
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)    # SIGIO ends it, if the master ends while it loads
-    if comes_in_time(line, select.POLLIN, 0):       # or has ended already
-        return
-    worker = Worker(generation, number, slot, line, bell)
-    worker.report()
-    worker.application = load_application(generation.config)
-    fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
-    worker.life = READY
-    line.say("ready")
-    worker.run()
-    if worker.in_flight:
-        log.warning("drain_timeout: %d requests in flight are cut short", worker.in_flight)
+def log_access(connection: Connection, status: str, sent: int) -> None:
+    """(owner) Log in the combined format, plus the seconds since the request was dispatched."""
+    environ = connection.request.environ if connection.request else {}
+    access_log.info(
+        '%s - - [%s] "%s" %s %d "%s" "%s" %.6f',
+        connection.client,
+        time.strftime("%d/%b/%Y:%H:%M:%S %z"),
+        connection.line,
+        status,
+        sent,
+        escaped(environ.get("HTTP_REFERER", "-")),
+        escaped(environ.get("HTTP_USER_AGENT", "-")),
+        time.monotonic() - connection.since,
+    )
 
 
-def leave(status):
-    """sys.exit() would wait for a thread that hangs; os._exit() alone skips atexit: multiprocessing leaves orphans."""
-    signal.alarm(10)        # if they take longer, it dies of that
-    for last in (atexit._run_exitfuncs, lambda: sys.stdout.flush(), lambda: sys.stderr.flush()):
-        with contextlib.suppress(BaseException):
-            last()
-    os._exit(status)
+def escaped(text: str) -> str:
+    """What a client sent must not forge a line of a log, or steer a terminal."""
+    return ascii(text)[1:-1].replace('"', '\\"')
 
 
-# ---- The master: its loop first, then what comes from below, the reload, spawn -----------------------
-class Child:
-    """One of a generation's places for a worker and, from BOOTING on, the worker in it."""
-    def __init__(self, generation, number, deaths=0, fork_at=0.0):
-        self.generation, self.number, self.life = generation, number, VACANT
-        self.deaths, self.fork_at = deaths, fork_at     # in a row, before it; when it may be forked
-        self.pid, self.line, self.slot, self.born, self.failure = 0, None, 0, 0.0, None     # born: forked, then ready
-
-    def hear(self):
-        for word, *rest in self.line.hear():
-            if word == "failed":
-                self.failure = rest         # exit status, reason
-            elif self.life != DRAINING:     # what it was told meanwhile wins
-                self.life, self.born = READY if word == "ready" else LEAVING, time.monotonic()
-
-    def successor(self, now):
-        """-> the one that takes its place, after the back-off."""
-        deaths = 0 if self.life == LEAVING or self.life == SERVING and now - self.born > STEADY else self.deaths
-        child = Child(self.generation, self.number, deaths + 1, now + BACK_OFF[min(deaths, len(BACK_OFF) - 1)])
-        self.generation.children[self.number] = child
-        return child
+# ==================================================================================================
+# Part IV: tools
+#
+# What wakes a main loop and how the processes talk, the listening sockets, the memory they share,
+# and what happens when the application forks.
+# ==================================================================================================
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+LONGEST_UNIX_PATH = 107  # bytes, in Linux's struct sockaddr_un
+FIRST_PASSED_DESCRIPTOR = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 
 
-class Generation:
-    """The workers of one reading of the configuration, and what they listen on."""
-    def __init__(self, number, config, adopted=(), kept=()):
-        self.number, self.config, self.stage, self.born = number, config, Stage.BINDING, time.monotonic()
-        self.listeners = {text: kept[text] for text in config.listen if text in kept}     # {text: [Listener]}
-        self.borrowed = {text for text, binds in config.listen.items() if set(binds) & set(adopted)}    # systemd's
-        self.children: list = []        # by number, once all of its addresses are bound
+def is_ready(source: Any, event: int, seconds: float) -> bool:
+    """Wait. -> did the source become readable (POLLIN) or writable (POLLOUT) within the time?"""
+    poller = select.poll()  # select() fails for descriptors above 1023
+    poller.register(source, event)
+    return bool(poller.poll(seconds * 1000))
 
 
-class Master:
-    """Owns listeners and workers; sits in one poll() all its life."""
-    hup, stopping, fork_at = False, False, 0.0      # a SIGHUP waits; a stop is ordered; not before, after a failed fork
-    terminal: Any = None        # /dev/tty, where it was started on one: no tty any more, when that has hung up
+class Pause:
+    """What to do when the system has no more to give: try again in a while, and log that once."""
 
-    def __init__(self, config):
-        self.status = 0 if config.listen else 2     # to exit with; --check (no address): 2, unless it succeeds
-        self.notify_socket = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # under nohup its end is no reason to stop
-            with contextlib.suppress(OSError):
-                self.terminal = io.FileIO(os.ctermid())
-        self.adopted, self.bell = adopt(), Bell()
-        self.bell.hang((*MASTER_SIGNALS, signal.SIGUSR2, signal.SIGTTIN))       # two that would end, or stop, it
-        self.children, self.numbers = {}, itertools.count()     # {pid: Child}, of all generations; their numbers
-        # The one that serves, and the one that a reload prepares. The start is a reload, too: from nothing, number 0.
-        self.current = Generation(next(self.numbers), config._replace(listen={}, pidfile=""))
-        self.upcoming: Any = Generation(next(self.numbers), config, self.adopted)
+    until = 0.0  # in time.monotonic() seconds; 0 if there is no lack
 
-    def run(self):
-        """-> exit status. Each step looks at what is and does what is due; only wait() waits."""
-        while self.children or not self.stopping:
-            self.wait()     # it hears "leaving" before obey() hears TERM: of a TERM to all ours has come then, and wins
-            self.obey()     # before reap(): the bell is silenced first, so that a death after this rings it anew
-            self.reap()
-            self.advance()
-            self.tend()
-        self.release_pidfile(self.current.config.pidfile)
-        log.log(logging.INFO if self.current.number else logging.DEBUG, "stopped")
-        return self.status
+    def __init__(self, what: str):
+        self.what = what
 
-    def wait(self):
-        """Until there is a signal or word from a worker; while something may come to be due, for 20 ms at most."""
-        poll = select.poll()        # an epoll would be shared with the children: one that unregisters deafens us
-        for source in (self.bell, *(child.line for child in self.children.values() if not child.line.ended)):
-            poll.register(source, select.POLLIN)
-        pending = self.hup or self.upcoming or any(child.life < SERVING for child in self.current.children)
-        poll.poll(20 if pending else None)
-        self.now = time.monotonic()
-        for child in self.children.values():
-            child.hear()
+    def begin(self, now: float, error: BaseException) -> None:
+        if not self.until:
+            message = "cannot %s: %s; trying again every %g s"
+            log.error(message, self.what, reason_of(error), PAUSE)
+        self.until = now + PAUSE
 
-    # What comes from the operator, and from below
-    def obey(self):
-        """A stop is a reload to nothing but the pidfile; a second one does not wait."""
-        for signum in self.bell.silence():
-            hung_up = signum == signal.SIGHUP and self.terminal and not self.terminal.isatty()
-            if signum in STOPS and self.stopping:
-                log.warning("stopped by force")
-                self.status = self.status or 1
-                for pid in self.children:
-                    os.kill(pid, signal.SIGKILL)
-            elif (signum in STOPS or hung_up) and not self.stopping:
-                self.stopping, self.hup, name = True, False, signal.Signals(signum).name
-                self.notify("STOPPING=1", f"{name}: stopping, when every request that has begun is answered")
-                self.settle(Generation(self.current.number, self.current.config), self.upcoming, self.current)
-                for child in self.children.values() if signum == signal.SIGINT else ():
-                    child.line.say("drain", [], 0)      # a second order: no grace
-            elif signum == signal.SIGHUP:
-                self.hup = not self.stopping
+    def end(self) -> None:
+        self.until = 0.0
 
-    def reap(self):
-        with contextlib.suppress(ChildProcessError):
-            for pid, status in iter(lambda: os.waitpid(-1, os.WNOHANG), (0, 0)):
-                if pid in self.children:        # if not, we are process 1, and it is somebody's orphan
-                    self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))
 
-    def bury(self, child, code):
-        child.hear()        # its last words
-        child.line.sock.close()
-        scoreboard.write(child.slot, None)
-        scoreboard.loads[child.slot] = 0
-        end = f"worker {child.number} (pid {child.pid}) ended with {'status' if code >= 0 else 'signal'} {abs(code)}"
-        status, reason = child.failure or (1, end)
-        if child.generation.stage == Stage.LOADING:
-            self.roll_back(reason, status)
-        elif child.life != DRAINING:
-            log.error("%s; it is replaced in %g s", reason, child.successor(self.now).fork_at - self.now)
-        elif code and child.generation.stage != Stage.VOID:
-            log.warning("%s, of generation %d", end, child.generation.number)
+class Bell:
+    """The self-pipe trick: a signal, or a thread, wakes a main loop by a byte in a pipe.
 
-    # The reload: bind, boot, commit or roll back; and the workers for it
-    def advance(self):
-        """Move the reload on, as far as it goes. A SIGHUP that comes in its midst is remembered, once, and is next."""
-        if self.hup and not self.upcoming and not self.stopping:
-            self.hup = False
-            self.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}", "SIGHUP: reloading")
+    Which signals came is noted in a list. The bytes alone would not do: a pipe that is full of HUPs
+    drops the byte of a TERM.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        reader, writer = os.pipe()
+        self.reader = io.FileIO(reader, "r")
+        self.writer = io.FileIO(writer, "w")
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        self.fileno = self.reader.fileno
+        # A worker inherits the master's wake-up descriptor. Until it has replaced it here, its
+        # signals would ring the master's bell; so they are blocked until then.
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def handle(self, *signals: int) -> None:
+        """From now on note these signals. (A handler does nothing else.)"""
+        for signum in signals:
+            signal.signal(signum, lambda number, frame: self.received.append(number))
+
+    def ring(self) -> None:
+        """(any thread) Wake the main loop. If the pipe is full, it wakes anyway."""
+        self.writer.write(b"!")
+
+    def take_signals(self) -> list[int]:
+        """-> the signals that came. The pipe is emptied first: a later one rings again."""
+        self.reader.read(4096)
+        received = self.received
+        self.received = []
+        return received
+
+
+class Line:
+    """One side of the socketpair between master and worker. Each message is a JSON list on a line.
+
+    The end of file means that the other process is gone.
+    """
+
+    def __init__(self, sock: socket.socket):
+        sock.setblocking(False)
+        self.sock = sock
+        self.fileno = sock.fileno
+        self.pending = b""  # a message that has not come whole
+        self.ended = False
+
+    def say(self, *words: Any) -> None:
+        """Send a message. It is lost if the other side is gone, which hear() will notice, or so
+        stuck that 200 KB wait unread."""
+        with contextlib.suppress(OSError):
+            self.sock.sendall(json.dumps(words).encode() + b"\n")
+
+    def hear(self) -> list[list[Any]]:
+        """-> the messages that have come. `ended` is true if there will be no more."""
+        try:
+            while not self.ended:
+                data = self.sock.recv(4096)
+                self.pending += data
+                self.ended = not data
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.ended = True
+        *lines, self.pending = self.pending.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+class Scoreboard:
+    """Memory that all workers share. In its slot each says what it does, as JSON, for the page."""
+
+    SLOTS = 1024
+    SIZE = 4096  # bytes of a slot; an entry has about 2 KB at most
+    memory = mmap.mmap(-1, SLOTS * SIZE)
+
+    def write(self, slot: int, facts: dict[str, Any] | None) -> None:
+        """None empties the slot."""
+        entry = json.dumps(facts).encode().ljust(self.SIZE, b"\0")
+        self.memory[slot * self.SIZE : (slot + 1) * self.SIZE] = entry
+
+    def read(self) -> list[dict[str, Any]]:
+        """-> an entry for each worker, the oldest generation first. Each wait has its age in s."""
+        found = []
+        for text in re.findall(rb"\{[^\0]+", self.memory):
             try:
-                config = read_config(self.current.config.ini.path)
-                self.upcoming = Generation(next(self.numbers), config, self.adopted, self.current.listeners)
-            except ConfigError as error:
-                self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
-        new = self.upcoming
-        if new and new.stage == Stage.BINDING:
-            self.bind(new, self.current)
-        elif new and all(child.life == READY for child in new.children):
-            self.commit(new, self.current)
-        elif new and self.now > new.born + new.config.boot_timeout:
-            self.roll_back(f"not every worker was ready within {new.config.boot_timeout:g} s (boot_timeout)")
+                facts = json.loads(text)
+            except ValueError:  # it is being written: the next look finds it
+                continue
+            for wait in facts["waits_for"]:
+                wait["age"] = round(time.monotonic() - wait.pop("since"), 1)
+            found.append(facts)
+        return sorted(found, key=lambda facts: (facts["generation"], facts["worker"]))
 
-    def bind(self, new, old):
-        """The new addresses; those that stay have their very sockets already."""
+
+scoreboard = Scoreboard()  # the master's; its workers inherit it
+
+
+# Listeners
+class Listener(socket.socket):
+    """A listening socket, or one that is bound and will listen at the commit."""
+
+    file: os.stat_result | None = None  # of a unix socket of ours: to recognise its file later
+
+    def still_has_its_file(self) -> bool:
+        """Is the file at our path still ours? OSError if there is none."""
+        file = cast(os.stat_result, self.file)
+        return os.path.samestat(file, os.stat(self.getsockname()))
+
+    def refuse_if_replaced(self) -> None:
+        if self.file and not self.still_has_its_file():
+            raise OSError(errno.EADDRINUSE, "another master has taken its place")
+
+
+Adopted = dict[tuple[int, Any], Listener]  # by family and socket address
+
+
+def open_listeners(binds: Binds, adopted: Adopted) -> list[Listener]:
+    """Bind the sockets of one address. Raises OSError; then none is left open.
+
+    They listen() only at the commit, so a roll-back resets nobody.
+    """
+    listeners: list[Listener] = []
+    try:
+        for family, address in binds:
+            given = adopted.get((family, address))
+            listener = given.dup() if given else Listener(family)
+            listeners.append(listener)
+            listener.setblocking(False)
+            if family != socket.AF_UNIX:  # the connections inherit it
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if given is None:
+                bind_listener(listener, address)
+    except OSError:
+        close_listeners(listeners)
+        raise
+    return listeners
+
+
+def bind_listener(listener: Listener, address: Any) -> None:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    if listener.family != socket.AF_UNIX:
+        listener.bind(address)
+        return
+    unlink_dead_socket(address)  # on any other file, bind() fails
+    listener.bind(address)
+    listener.file = os.stat(address)
+
+
+def unlink_dead_socket(path: str) -> None:
+    """Remove the socket file that a server has left behind, if nobody listens on it."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # the queue of a living server may be full
+        is_dead = probe.connect_ex(path) == errno.ECONNREFUSED
+    if is_dead and stat.S_ISSOCK(os.stat(path).st_mode):
+        os.unlink(path)
+
+
+def close_listeners(listeners: Iterable[Listener]) -> None:
+    """(master) Close our copies. The workers' copies and the queue stay, unlike with shutdown()."""
+    for listener in listeners:
+        with contextlib.suppress(OSError):
+            if listener.file and listener.still_has_its_file():
+                os.unlink(listener.getsockname())
+        listener.close()
+
+
+def adopt_listeners() -> Adopted:
+    """-> the sockets that systemd has passed (sd_listen_fds(3)). The variables are used up."""
+    pid = os.environ.pop("LISTEN_PID", "")
+    count = os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", "")
+    adopted: Adopted = {}
+    if pid != str(os.getpid()) or not count.isdigit():
+        return adopted
+    for descriptor in range(FIRST_PASSED_DESCRIPTOR, FIRST_PASSED_DESCRIPTOR + int(count)):
+        listener = Listener(fileno=descriptor)
+        listener.set_inheritable(False)
+        address = listener.getsockname()
+        adopted[listener.family, address] = listener
+        if address[:1] == ("::",):
+            is_ipv6_only = listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+            if not is_ipv6_only:  # then it serves IPv4, too
+                adopted[socket.AF_INET, ("0.0.0.0", address[1])] = listener
+    return adopted
+
+
+class ForkGuard:
+    """What becomes of a worker's sockets when the application forks, as multiprocessing does.
+
+    A child that kept a connection open would keep its client waiting for an end that never comes.
+    So a child closes all of them. For that each must be in one of by_state's sets: a fork waits
+    until the main thread sleeps in Worker.wait(), the only place where it may happen.
+    """
+
+    def __init__(self, worker: Worker):
+        self.worker = worker
+        self.is_worker = True
+        self.mask: set[int] = set()  # the signals that were blocked before a fork
+        lock = threading.RLock()
+        self.forbid = lock.acquire
+        self.allow = lock.release
+        os.register_at_fork(
+            before=self.before_fork,
+            after_in_parent=self.after_fork,
+            after_in_child=self.after_fork_in_child,
+        )
+
+    def before_fork(self) -> None:
+        """(the forking thread) A signal for the child waits until it has dropped our handlers."""
+        self.forbid()
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, MASTER_SIGNALS)
+
+    def after_fork(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+        self.allow()
+
+    def after_fork_in_child(self) -> None:
+        """(the application's child) Hold no socket of ours open, answer to no signal of ours."""
+        if self.is_worker:  # only once: in a child's child the descriptors may be something else
+            self.is_worker = False
+            self.close_everything()
+            # Should its copy of the request end by an exception, the forked thread comes back to
+            # work(). It must not take its parent's jobs.
+            self.worker.jobs.clear()
+            signal.set_wakeup_fd(-1)
+            for signum in MASTER_SIGNALS:
+                signal.signal(signum, signal.SIG_DFL)
+        self.after_fork()
+
+    def close_everything(self) -> None:
+        worker = self.worker
+        worker.line.sock.close()
+        worker.selector.close()
+        worker.bell.reader.close()
+        worker.bell.writer.close()
+        for listener in worker.listeners:
+            listener.close()
+        for connections in worker.by_state:
+            for connection in connections:
+                connection.sock.close()
+
+
+# ==================================================================================================
+# Part V: the operator
+#
+# Configuration first: text goes in, one immutable object comes out. Then logs, pidfile, systemd,
+# the status page with the demo, and the command line.
+# ==================================================================================================
+class ConfigError(Exception):
+    """The operator's mistake, in one line: file, section, key and reason."""
+
+
+class Config(NamedTuple):
+    """One reading of a file. Sizes are in bytes, times in seconds."""
+
+    listen: dict[str, Binds]  # what to bind for each address, which is told apart by its text
+    backlog: int  # clients that the kernel queues for each address
+    workers: int
+    threads: int  # requests in flight for each worker
+    connections: int  # open ones for each worker
+    max_body: int  # 0: no limit
+    keepalive_timeout: float  # 0: no connection is kept
+    header_timeout: float
+    io_timeout: float
+    idle_grace: float
+    drain_timeout: float  # 0: no limit
+    boot_timeout: float
+    certfile: str
+    keyfile: str
+    pidfile: str
+    access_log: str  # "off", "-" or an absolute path
+    log_file: str
+    log_level: int
+    tls: ssl.SSLContext | None
+    parts: list[Part]  # of the application, the outermost first
+    ini: Ini
+
+
+class Part(NamedTuple):
+    """An application or a filter, as the file names it."""
+
+    place: str  # for error messages
+    target: str  # module:attribute
+    arguments: list[Any]  # empty: the target is the application itself; else it is called with them
+    settings: dict[str, str]  # and with these
+
+
+class Key(NamedTuple):
+    default: str
+    read: Callable[[str], Any]  # raises the reason as ValueError or OSError
+
+
+def reason_of(error: BaseException, with_type: bool = False) -> str:
+    """-> an exception's text, on one line."""
+    if with_type:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+def mistake(config: Config, key: str, reason: str) -> str:
+    return f"{config.ini.path}: [server:main] {key}: {reason}"
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """-> a hint for the end of an error message, or nothing."""
+    close = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# Readers of values
+def whole(least: int, most: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,16}", text) or not least <= int(text) <= most:
+            raise ValueError(f"not a whole number between {least} and {most}")
+        return int(text)
+
+    return read
+
+
+def seconds(at_least: float = 0.0, at_most: float = 1e6) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        is_number = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text)
+        if not is_number or not at_least <= float(text) <= at_most:
+            raise ValueError(f"not a number between {at_least} and {at_most:.16g}")
+        return float(text)
+
+    return read
+
+
+def addresses(text: str) -> dict[str, Binds]:
+    """'*:80 unix:/x' -> what to bind for '*:80', and for 'unix:/x'."""
+    found = {word: binds_of(word) for word in text.split() or [""]}
+    for one, other in itertools.combinations(found, 2):
+        if overlap(found[one], found[other]):
+            raise ValueError(f"{other} overlaps {one}")
+    return found
+
+
+def binds_of(word: str) -> Binds:
+    """'[::1]:80' -> ((AF_INET6, ('::1', 80, 0, 0)),).
+
+    Hosts are numeric: the master never waits for a name server.
+    """
+    problem = (
+        f"{word} is no numeric host:port, localhost:port, [::1]:port, *:port or unix:/path "
+        f"({LONGEST_UNIX_PATH} bytes)"
+    )
+    if word.startswith("unix:"):
+        path = word[len("unix:") :]
+        if not 0 < len(os.fsencode(path)) <= LONGEST_UNIX_PATH or "\0" in path:
+            raise ValueError(problem)
+        return ((socket.AF_UNIX, path),)
+    host, _, digits = word.rpartition(":")
+    try:
+        port = whole(0, 65535)(digits)
+        if host == "*":
+            any_ipv4 = (socket.AF_INET, ("0.0.0.0", port))
+            any_ipv6 = (socket.AF_INET6, ("::", port, 0, 0))
+            return (any_ipv4, any_ipv6) if socket.has_dualstack_ipv6() else (any_ipv4,)
+        if host == "localhost":
+            host = "127.0.0.1"
+        if host.startswith("[") and host.endswith("]"):
+            ipv6 = ipaddress.IPv6Address(host[1:-1])
+            return ((socket.AF_INET6, (str(ipv6), port, 0, 0)),)
+        return ((socket.AF_INET, (str(ipaddress.IPv4Address(host)), port)),)
+    except ValueError:
+        raise ValueError(problem) from None
+
+
+def overlap(binds: Binds, others: Binds) -> bool:
+    """Would the two collide? (IPv6 listeners are IPv6 only, so the families do not.)"""
+    for (family, one), (other_family, other) in itertools.product(binds, others):
+        if family != other_family:
+            continue
+        if one == other:
+            return True
+        if family != socket.AF_UNIX:
+            one_is_any = one[0] in ("0.0.0.0", "::")
+            other_is_any = other[0] in ("0.0.0.0", "::")
+            if one[1] == other[1] and (one_is_any or other_is_any):
+                return True
+    return False
+
+
+def log_path(text: str) -> str:
+    """'off', '-' or a file. The file is opened once here, so that a commit does not fail for it."""
+    if text in ("off", "-"):
+        return text
+    path = os.path.abspath(text)
+    # O_NONBLOCK: a FIFO without a reader is an error here, not a wait.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+    os.close(os.open(path, flags, 0o666))
+    return path
+
+
+def path_in_folder(text: str) -> str:
+    """'' or a path whose folder exists; otherwise OSError."""
+    if not text:
+        return ""
+    os.stat(os.path.join(os.path.dirname(text), "."))
+    return os.path.realpath(text)
+
+
+def log_level(text: str) -> int:
+    return logging.Handler(text.upper()).level  # a Handler knows the names
+
+
+KEYS = {
+    # fmt: off
+    "listen": Key("127.0.0.1:8000", addresses),
+    "backlog": Key("2048", whole(1, 1_000_000)),
+    "workers": Key("2", whole(1, 1_000)),
+    "threads": Key("16", whole(1, 10_000)),
+    "connections": Key("1000", whole(1, 1_000_000)),
+    "max_body": Key("0", whole(0, 10**15)),
+    "keepalive_timeout": Key("75", seconds()),
+    "header_timeout": Key("10", seconds(at_least=0.001)),
+    "io_timeout": Key("60", seconds(at_least=0.001)),
+    "boot_timeout": Key("60", seconds(at_least=0.001)),
+    "idle_grace": Key("5", seconds()),
+    "drain_timeout": Key("0", seconds()),
+    "certfile": Key("", str),
+    "keyfile": Key("", str),
+    "pidfile": Key("", path_in_folder),
+    "access_log": Key("off", log_path),
+    "log_file": Key("-", log_path),
+    "log_level": Key("info", log_level),
+    # fmt: on
+}
+
+
+def read_config(path: str) -> Config:
+    """-> what the file says, all of it valid. Raises ConfigError."""
+    try:
+        return Ini(path).config()
+    except configparser.Error as error:
+        place = ""
+        if hasattr(error, "option"):
+            place = f"[{error.section}] {error.option}: "  # type: ignore[attr-defined]
+        raise ConfigError(f"{path}: {place}{reason_of(error)}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {reason_of(error)}") from None
+
+
+class Ini(configparser.ConfigParser):
+    """The file, parsed once. Its methods raise OSError, ValueError or configparser.Error."""
+
+    def __init__(self, path: str):
+        # [DEFAULT] is inherited only after each section's own keys have been noted.
+        super().__init__(default_section="")
+        self.path = path
+        full_path = os.path.abspath(path).replace("%", "%%")
+        self["DEFAULT"] = {"here": os.path.dirname(full_path), "__file__": full_path}
+        with open(path, encoding="utf-8-sig") as file:
+            self.read_file(file)
+        self.keys_of = {section: list(self[section]) for section in self}
+        cast(dict[str, str], self.defaults()).update(self.items("DEFAULT", raw=True))
+
+    def optionxform(self, optionstr: str) -> str:
+        """Keys are case-sensitive."""
+        return optionstr
+
+    def own(self, section: str) -> dict[str, str]:
+        """-> the section's own keys. Those of [DEFAULT] are global_conf, not settings."""
+        if section not in self:
+            raise ValueError(f"[{section}] missing section{did_you_mean(section, self)}")
+        return {key: self.get(section, key) for key in self.keys_of[section]}
+
+    def config(self) -> Config:
+        texts = self.server_keys()
+        values: dict[str, Any] = {}
+        for key, (default, read) in KEYS.items():
+            text = texts.get(key, default)
+            try:
+                values[key] = read(text)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"[server:main] {key}: {text!r}: {reason_of(error)}") from None
+        tls = tls_context(values["certfile"], values["keyfile"])
+        return Config(**values, tls=tls, parts=self.parts(), ini=self)
+
+    def server_keys(self) -> dict[str, str]:
+        """-> the keys of [server:main]. Without the section they are the defaults."""
+        if not difflib.get_close_matches("server:main", self, 1, 0.8):
+            return {}
+        texts = self.own("server:main")  # if it is only nearly spelt so, this says so
+        other_server = texts.pop("use", "")
+        for key in sorted(texts.keys() - KEYS.keys()):
+            if not other_server:
+                hint = did_you_mean(key, KEYS)
+                raise ValueError(f"[server:main] {key}: unknown key{hint}")
+            message = "%s: [server:main] %s: unknown key, left to %s"
+            log.warning(message, self.path, key, other_server)
+        return texts
+
+    def parts(self) -> list[Part]:
+        """-> what the application is made of, the outermost first."""
+        settings = {"pipeline": "main"}
+        if "pipeline:main" in self:
+            settings = self.own("pipeline:main")
+        names = settings.pop("pipeline", "").split()
+        if not names:
+            raise ValueError("[pipeline:main] pipeline: names no application")
+        filters = [self.part("filter", name) for name in names[:-1]]
+        parts = [*filters, self.part("app", names[-1])]
+        found = [part for part in parts if part]
+        if settings or len(found) < len(parts):
+            uri = f"config:{urllib.parse.quote(os.path.abspath(self.path))}"
+            return [Part("read by PasteDeploy", "paste.deploy:loadapp", [uri], {})]
+        return found
+
+    def part(self, prefix: str, name: str) -> Part | None:
+        """-> one of parts(). None: only PasteDeploy knows what it means."""
+        section = f"{prefix}:{name}"
+        others = (f"composite:{name}", f"filter-app:{name}", f"pipeline:{name}")
+        if section not in self and (":" in name or any(other in self for other in others)):
+            return None
+        settings = self.own(section)
+        kind = f"paste.{prefix}_factory"
+        if prefix == "app" and kind not in settings:
+            kind = "wsgi"
+        for key in settings:
+            if key != kind and re.match("use$|filter-with$|[sg]et |paste[.]", key):
+                return None
+        target = settings.pop(kind, "")
+        if not re.fullmatch(r"[\w.]+:[\w.]+", target):
+            hint = did_you_mean(kind, settings)
+            raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute{hint}")
+        place = f"[{section}] {kind}: {target}"
+        if kind != "wsgi":
+            return Part(place, target, [dict(self["DEFAULT"])], settings)
+        if settings:
+            first = min(settings)
+            hint = "a setting: wsgi takes none, paste.app_factory does"
+            raise ValueError(f"[{section}] {first}: {hint}")
+        return Part(place, target, [], {})
+
+
+def tls_context(certfile: str, keyfile: str) -> ssl.SSLContext | None:
+    """The master makes it: it may read a key that its workers cannot."""
+    if not certfile and not keyfile:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # send() would have to read
+    context.set_alpn_protocols(["http/1.1"])
+    never_ask_on_the_terminal = lambda: b""  # noqa: E731
+    try:
+        context.load_cert_chain(certfile, keyfile or None, never_ask_on_the_terminal)
+    except (OSError, ValueError) as error:  # it does not say which of the two files it means
+        files = f"{certfile} {keyfile}".strip()
+        raise ValueError(f"[server:main] certfile: {files!r}: {reason_of(error)}") from None
+    return context
+
+
+# The application
+def load_application(config: Config) -> Application:
+    """(worker) Import and build it. Raises ConfigError for the operator's mistakes.
+
+    The application's own exceptions pass.
+    """
+    importlib.invalidate_caches()  # a module may be newer than what Python remembers of its folder
+    use_logs(config)
+    place = "[loggers]"
+    application: Any = None
+    try:
+        if "loggers" in config.ini:
+            logging.config.fileConfig(config.ini, disable_existing_loggers=False)
+        for part in reversed(config.parts):
+            place = part.place
+            application = build(part, application)
+    except Exception as error:
+        if is_loading_mistake(error):
+            reason = reason_of(error, with_type=True)
+            raise ConfigError(f"{config.ini.path}: {place}: {reason}") from None
+        raise
+    return cast(Application, application)
+
+
+def build(part: Part, inner: Any) -> Any:
+    """-> the application, or the filter around the inner application."""
+    found = pkgutil.resolve_name(part.target)
+    if part.arguments:
+        found = found(*part.arguments, **part.settings)
+    if inner is not None:
+        found = found(inner)
+    if not callable(found):
+        raise TypeError(f"{found!r} is not callable")
+    return found
+
+
+def is_loading_mistake(error: Exception) -> bool:
+    """Whose mistake is it? If only loaders stand in the traceback, the file names something wrong.
+
+    Otherwise the application's own code was at work.
+    """
+    if isinstance(error, SyntaxError):
+        return False
+    loaders = rf"{__name__}|pkgutil|configparser|(importlib|logging|paste)(\..+)?"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if not re.fullmatch(loaders, str(frame.f_globals.get("__name__"))):
+            return False
+    return True
+
+
+# Logs
+class LogFile(logging.handlers.WatchedFileHandler):
+    """Follows rotation. A log that cannot be written costs lines; stderr is told of it once."""
+
+    has_failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
         try:
-            for text, binds in new.config.listen.items():
-                if text not in new.listeners:
-                    for other in old.listeners:
-                        if overlap(binds, old.config.listen[other]):
-                            raise OSError(errno.EEXIST, f"overlaps {other}, which is being served")
-                    open_listeners(binds, self.adopted, new.listeners.setdefault(text, []))
-        except OSError as error:
-            close_listeners(new.listeners.pop(text, []))
-            if error.errno == errno.EADDRINUSE and self.now < new.born + BIND_PATIENCE:
-                return      # an old worker may be about to let go of it: once more
-            return self.roll_back(f"{new.config.ini.path}: [server:main] listen: {text}: {reason_of(error)}")
-        new.children, new.stage = [Child(new, number) for number in range(new.config.workers)], Stage.LOADING
+            super().emit(record)
+        except OSError:  # the file was rotated, and the new one cannot be opened
+            self.handleError(record)
 
-    def commit(self, new, old):
-        """Every new worker is ready, and none has accepted anything. What can fail comes first."""
-        if not new.config.listen:       # --check
-            return self.roll_back(f"{new.config.ini.path}: good", 0)
-        try:
-            self.claim_pidfile(text := new.config.pidfile)
-            for text in sorted(new.listeners, key=old.listeners.__contains__):      # the new ones first
-                for listener in new.listeners[text]:
-                    if listener.file and text not in old.listeners and not listener.has_file():
-                        raise OSError(errno.EADDRINUSE, "another master has taken its place")
-                    listener.listen(new.config.backlog)
-            use_logs(new.config)
-        except OSError as error:
-            name, files = error.filename or text, ("pidfile", "log_file", "access_log")
-            key = next((key for key in files if getattr(new.config, key) == name), "listen")
-            return self.roll_back(f"{new.config.ini.path}: [server:main] {key}: {name}: {reason_of(error)}")
-        self.current, new.stage = new, Stage.CURRENT
-        self.tend()     # "go" to the new, before settle() says "drain" to the old
-        self.settle(new, old)
-        workers = f"{new.config.workers} worker{'s' * (new.config.workers > 1)}"
-        if not old.number:      # the first line says the port even where the system has chosen it
-            places = [text if text.startswith("unix:") else
-                      f"http{'s' * bool(new.config.tls)}://{text.rpartition(':')[0]}:{first.getsockname()[1]}"
-                      for text, (first, *_) in new.listeners.items()]
-            tell(f"serving {new.config.ini.path} on {' '.join(places)} with {workers}; "
-                 f"to reload it: kill -HUP {os.getpid()}", 0)
-        self.notify("READY=1", f"generation {new.number} serves with {workers}")
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.has_failed:
+            self.has_failed = True
+            error = sys.exc_info()[1]
+            tell(f"{self.baseFilename}: {reason_of(error) if error else 'cannot be written'}")
 
-    def roll_back(self, reason, status=1):
-        """Nothing has changed: the old generation has never stopped serving."""
-        self.settle(self.current, self.upcoming)
-        if self.current.number:
-            self.notify("READY=1", f"reload rolled back: {reason}", logging.ERROR)
-        else:
-            self.stopping, self.status = True, tell(reason, status and max(status, self.status))
 
-    def settle(self, heir, *others):
-        """Close what only the others have, then tell their workers: these let in whoever is queued at an address, and
-        close its last copy. Were the master's still open, more would queue there, to be reset by its close."""
-        self.current, self.upcoming = heir, None
-        for generation in filter(None, others):
-            generation.stage = Stage.PAST if generation.stage == Stage.CURRENT else Stage.VOID
-            dropped = generation.listeners.keys() - heir.listeners.keys()
-            for text in dropped:
-                close_listeners(generation.listeners[text])
-            if generation.config.pidfile != heir.config.pidfile:
-                self.release_pidfile(generation.config.pidfile)
-            for child in self.children.values():
-                if child.generation is generation and child.life != DRAINING:       # who drains is not told again
-                    # The signal finds the order there. A worker that is dead already keeps its pid until reap().
-                    child.line.say("drain", sorted(dropped - generation.borrowed), generation.config.idle_grace)
-                    os.kill(child.pid, signal.SIGKILL if child.life == BOOTING else signal.SIGHUP)
-                    child.life = DRAINING
+def use_logs(config: Config) -> None:
+    """Send both logs where the configuration says. After a ConfigError nothing has changed."""
+    log_handler = open_log(config, "log_file", config.log_file)
+    access_handler = open_log(config, "access_log", config.access_log)
+    layout = "%(asctime)s [%(process)d] %(levelname)s %(message)s"
+    log_handler.setFormatter(logging.Formatter(layout))
+    replace_handler(log, log_handler)
+    replace_handler(access_log, access_handler)
+    log.setLevel(config.log_level)
+    access_log.setLevel(logging.INFO)
 
-    def claim_pidfile(self, path):
-        """OSError: it cannot be written, or names a living process that is none of ours."""
-        with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError, OverflowError), open(path) as file:
-            if (pid := int(file.read(32))) == os.getpid():
-                return      # were it rewritten, somebody could find it empty
-            os.getpgid(-1 if pid in self.children else pid or -1)       # ProcessLookupError: it is dead
-            raise FileExistsError(errno.EEXIST, f"it names process {pid}, which is alive", path)
-        with open(path or os.devnull, "w") as file:
+
+def open_log(config: Config, key: str, path: str) -> logging.Handler:
+    if path == "off":
+        return logging.NullHandler()
+    if path == "-":
+        return logging.StreamHandler()
+    try:
+        return LogFile(path, errors="backslashreplace")
+    except OSError as error:
+        raise ConfigError(mistake(config, key, f"{path}: {reason_of(error)}")) from None
+
+
+def replace_handler(logger: logging.Logger, handler: logging.Handler) -> None:
+    for old in logger.handlers:
+        with contextlib.suppress(OSError):  # close() flushes again, and the disk may still be full
+            old.close()
+    logger.handlers = [handler]
+    logger.propagate = False
+
+
+# Pidfile and systemd
+def claim_pidfile(config: Config, children: Collection[int]) -> None:
+    """Write our pid. Raises ConfigError: it cannot be written, or names a living stranger."""
+    path = config.pidfile
+    if not path:
+        return
+    try:
+        pid = pid_in(path)
+        if pid == os.getpid():
+            return  # were it written again, somebody could find it empty
+        if pid not in children and is_alive(pid):
+            raise FileExistsError(errno.EEXIST, f"it names process {pid}, which is alive")
+        with open(path, "w") as file:
             print(os.getpid(), file=file)
+    except OSError as error:
+        raise ConfigError(mistake(config, "pidfile", f"{path}: {reason_of(error)}")) from None
 
-    def release_pidfile(self, path):
-        with contextlib.suppress(OSError, ValueError), open(path) as file:
-            if int(file.read(32)) == os.getpid():     # if not, it has become another master's
+
+def pid_in(path: str) -> int:
+    """-> the pid in the file, or 0 if there is none."""
+    try:
+        with open(path) as file:
+            return int(file.read(32))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def is_alive(pid: int) -> bool:
+    if pid <= 0:
+        return False
+    try:
+        os.getpgid(pid)
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def release_pidfile(path: str) -> None:
+    """Remove the file if it still names us. If it does not, it has become another master's."""
+    if path:
+        with contextlib.suppress(OSError):
+            if pid_in(path) == os.getpid():
                 os.unlink(path)
 
-    def notify(self, state, outcome, level=logging.INFO):
-        """The log and, by sd_notify(3), systemd, which waits for whatever becomes of a SIGHUP."""
-        log.log(level, "%s", outcome)
+
+def take_notify_socket() -> str:
+    """-> the address in NOTIFY_SOCKET, or "". Workers do not inherit the variable."""
+    return re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))
+
+
+def sd_notify(address: str, message: str) -> None:
+    """Send lines of KEY=VALUE to systemd, if it gave an address (sd_notify(3))."""
+    if address:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect(self.notify_socket)        # "", where nobody wants to know: an OSError, too
-            sock.send(f"{state}\nSTATUS={outcome}".encode(errors="backslashreplace"), socket.MSG_DONTWAIT)
-
-    def tend(self):
-        """Look at every place: fork for the vacant, end what never becomes ready, send the ready to work."""
-        for generation in filter(None, (self.current, self.upcoming)):
-            for child in generation.children:
-                if child.life == LEAVING:
-                    child.line.say("drain", [], generation.config.idle_grace)
-                    child.life, child = DRAINING, child.successor(self.now)
-                if child.life == VACANT and self.now >= max(child.fork_at, self.fork_at):
-                    self.spawn(child)
-                elif child.life == BOOTING and self.now > child.born + generation.config.boot_timeout:
-                    child.failure = child.failure or (1, f"worker {child.number} was not ready within boot_timeout")
-                    os.kill(child.pid, signal.SIGKILL)
-                elif child.life == READY and generation.stage == Stage.CURRENT:
-                    child.line.say("go")
-                    child.life = SERVING
-
-    def spawn(self, child):
-        child.slot = min({*range(Scoreboard.SLOTS)} - {other.slot for other in self.children.values()}, default=0)
-        # Blocked, for the child must not run the master's handlers, nor lose a signal before it has its own.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
-            child.line, theirs = map(Line, socket.socketpair())
-            child.pid = os.fork()
-            if not child.pid:
-                self.become_worker(child, theirs)       # does not return
-            theirs.sock.close()
-            self.fork_at, child.born, child.life = 0.0, self.now, BOOTING
-            self.children[child.pid] = child
-        except OSError as error:
-            self.fork_at = again_at(self.fork_at, self.now, "start a worker", error)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def become_worker(self, child, line):
-        """In the worker: close what is the master's and other generations', and run. Never returns."""
-        try:
-            spare = [self.bell.reader, self.bell.writer, self.terminal, *self.adopted.values(),
-                     *(each.line.sock for each in (child, *self.children.values()))]
-            for other in filter(None, (self.current, self.upcoming)):
-                for text in other.listeners.keys() - child.generation.listeners.keys():
-                    spare += other.listeners[text]
-            for each in filter(None, spare):
-                each.close()
-            run_worker(child.generation, child.number, child.slot, line)
-            leave(0)
-        except ConfigError as error:
-            line.say("failed", 2, str(error))
-        except BaseException as error:      # an import may well call sys.exit()
-            log.exception("worker %d failed", child.number)
-            line.say("failed", 1, f"worker {child.number} failed: {reason_of(error, short=False)[:500]}")
-        finally:        # also if the error cannot even be told: this must not become a second master
-            leave(1)
+            sock.connect(address)
+            sock.send(message.encode(errors="backslashreplace"), socket.MSG_DONTWAIT)
 
 
-# ---- Demo and status: the two applications that ship with it -----------------------------------------
-COLUMNS = ("generation", "worker", "pid", "state", "idle", "reading", "in_flight", "served", "waits_for")
+# Status and demo: the two applications that ship with it
+COLUMNS = (
+    "generation",
+    "worker",
+    "pid",
+    "state",
+    "idle",
+    "reading",
+    "in_flight",
+    "served",
+    "waits_for",
+)
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</title>
-<style>:root { color-scheme: light dark; font-family: system-ui } td { padding: .5em; white-space: pre-line }</style>
-<main><h1>%(title)s</h1><p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
+<style>:root { color-scheme: light dark; font-family: system-ui }
+td { padding: .5em; white-space: pre-line }</style>
+<main><h1>%(title)s</h1>
+<p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
 <table><tr><th>%(columns)s%(rows)s</table></main>
 <p><button onclick="fetch('slow?seconds=20')" %(hidden)s>Hold a request in flight for 20 s</button>
 <script>setInterval(async () => {
   const page = await fetch("").then(response => response.text()).catch(() => "")
-  document.querySelector("main").innerHTML = page.split(/<.?main>/)[1] || "Nobody answers." }, 500)</script>"""
+  document.querySelector("main").innerHTML = page.split(/<.?main>/)[1] || "Nobody answers."
+}, 500)</script>"""
 
 
-def status_filter(global_conf, path="/status", greeting=""):
-    """paste.filter_factory: at path, all workers, live; or as JSON (Accept: application/json, or ?format=json)."""
-    return lambda application: functools.partial(status, application, path, greeting)
+def status_filter(
+    global_conf: Mapping[str, str], path: str = "/status", greeting: str = ""
+) -> Callable[[Application], Application]:
+    """paste.filter_factory. At `path` it shows all workers, as a live page or as JSON.
+
+    JSON is for `Accept: application/json` or `?format=json`.
+    """
+
+    def wrap(inner: Application) -> Application:
+        def application(environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+            if environ.get("PATH_INFO") != path:
+                return inner(environ, start_response)
+            return show_status(environ, start_response, greeting)
+
+        return application
+
+    return wrap
 
 
-def status(application, path, greeting, environ, start_response):
-    if environ.get("PATH_INFO") != path:
-        return application(environ, start_response)
-    facts = {"greeting": greeting, "pid": os.getpid(), "workers": scoreboard.read(),
-             "generation": environ.get("hupserve.generation"), "worker": environ.get("hupserve.worker")}
-    if "format=json" in environ.get("QUERY_STRING", "") or "application/json" in environ.get("HTTP_ACCEPT", ""):
+def show_status(
+    environ: Environ, start_response: Callable[..., Any], greeting: str
+) -> Iterable[bytes]:
+    facts: dict[str, Any] = {
+        "greeting": greeting,
+        "pid": os.getpid(),
+        "workers": scoreboard.read(),
+        "generation": environ.get("hupserve.generation"),
+        "worker": environ.get("hupserve.worker"),
+    }
+    wants_json = "application/json" in environ.get("HTTP_ACCEPT", "")
+    if wants_json or "format=json" in environ.get("QUERY_STRING", ""):
         return answer(start_response, "200 OK", json.dumps(facts), "application/json")
-    import html     # here, for its table of entities is half a megabyte that few will need
+    page = status_page(facts)
+    return answer(start_response, "200 OK", page, "text/html; charset=utf-8")
+
+
+def status_page(facts: dict[str, Any]) -> str:
+    import html  # here, because its table of entities is half a megabyte that few workers need
+
     rows = ""
     for worker in facts["workers"]:
-        worker["waits_for"] = "\n".join("{client} {request} {age} s".format(**wait) for wait in worker["waits_for"])
-        rows += "\n<tr><td>" + "<td>".join(html.escape(str(worker[column])) for column in COLUMNS)
-    return answer(start_response, "200 OK", PAGE % {
-        **facts, "title": html.escape(greeting or "hupserve"), "hidden": "" if greeting else "hidden",
-        "columns": "<th>".join(COLUMNS).replace("_", " "), "rows": rows}, "text/html; charset=utf-8")
+        waits = ["{client} {request} {age} s".format(**wait) for wait in worker["waits_for"]]
+        cells = {**worker, "waits_for": "\n".join(waits)}
+        rows += "\n<tr><td>" + "<td>".join(html.escape(str(cells[column])) for column in COLUMNS)
+    return PAGE % {
+        **facts,
+        "title": html.escape(facts["greeting"] or "hupserve"),
+        "hidden": "" if facts["greeting"] else "hidden",
+        "columns": "<th>".join(COLUMNS).replace("_", " "),
+        "rows": rows,
+    }
 
 
-def answer(start_response, status, text, kind="text/plain; charset=utf-8"):
+def answer(
+    start_response: Callable[..., Any],
+    status: str,
+    text: str,
+    kind: str = "text/plain; charset=utf-8",
+) -> list[bytes]:
     body = text.encode()
-    start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body))), ("Cache-Control", "no-store")])
+    headers = [
+        ("Content-Type", kind),
+        ("Content-Length", str(len(body))),
+        ("Cache-Control", "no-store"),
+    ]
+    start_response(status, headers)
     return [body]
 
 
-def demo_app(global_conf, greeting="hello"):
-    """paste.app_factory: the status page with a greeting, and /slow?seconds=N to hold a request in flight."""
-    def slow(environ, start_response):
-        seconds = re.fullmatch(r"seconds=([0-9]{1,4}(\.[0-9]+)?)", environ.get("QUERY_STRING") or "seconds=20")
-        if environ.get("PATH_INFO") != "/slow" or not seconds:
+def demo_app(global_conf: Mapping[str, str], greeting: str = "hello") -> Application:
+    """paste.app_factory. The status page with a greeting; /slow?seconds=N takes so long."""
+
+    def slow(environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        query = environ.get("QUERY_STRING") or "seconds=20"
+        match = re.fullmatch(r"seconds=([0-9]{1,4}(\.[0-9]+)?)", query)
+        if environ.get("PATH_INFO") != "/slow" or match is None:
             return answer(start_response, "404 Not Found", "Try / or /slow?seconds=20\n")
-        time.sleep(float(seconds[1]))
-        return answer(start_response, "200 OK", f"{greeting}, after {seconds[1]} s, still from pid {os.getpid()} "
-                                                f"of generation {environ.get('hupserve.generation')}\n")
+        time.sleep(float(match[1]))
+        who = f"pid {os.getpid()} of generation {environ.get('hupserve.generation')}"
+        text = f"{greeting}, after {match[1]} s, still from {who}\n"
+        return answer(start_response, "200 OK", text)
+
     return status_filter(global_conf, "/", greeting)(slow)
 
 
-# ---- Main --------------------------------------------------------------------------------------------
-def tell(reason, status):
-    with contextlib.suppress(OSError):      # nobody reads it
+# Command line
+def tell(reason: object) -> None:
+    """Say something to the person at the terminal."""
+    with contextlib.suppress(OSError):  # nobody reads it
         print(f"hupserve: {reason}", file=sys.stderr, flush=True)
-    return status
 
 
-def serve(config):
-    """-> exit status: 0 after a clean stop; 1 after a forced one or a failed start; 2 for the operator's mistake."""
-    sys.modules.setdefault("hupserve", sys.modules[__name__])   # or hupserve:demo_app were a second copy
+def count_workers(config: Config) -> str:
+    return "1 worker" if config.workers == 1 else f"{config.workers} workers"
+
+
+def announce(generation: Generation) -> None:
+    """The first line: what is served where. It says the port even if the system has chosen it."""
+    config = generation.config
+    places = []
+    for address, listeners in generation.listeners.items():
+        if address.startswith("unix:"):
+            places.append(address)
+            continue
+        scheme = "https" if config.tls else "http"
+        host = address.rpartition(":")[0]
+        port = listeners[0].getsockname()[1]
+        places.append(f"{scheme}://{host}:{port}")
+    what = f"serving {config.ini.path} on {' '.join(places)} with {count_workers(config)}"
+    tell(f"{what}; to reload it: kill -HUP {os.getpid()}")
+
+
+def serve(config: Config) -> int:
+    """Serve until a stop. -> exit status.
+
+    0 after a clean stop; 1 after a forced one or a failed start; 2 for the operator's mistake.
+    """
+    # Otherwise hupserve:demo_app would import a second copy of this file.
+    sys.modules.setdefault("hupserve", sys.modules[__name__])
     try:
-        sys.path.insert(0, os.getcwd())     # once: it may be gone when a replacement starts
+        sys.path.insert(0, os.getcwd())  # now: it may be gone when a replacement starts
         use_logs(config)
         master = Master(config)
-    except OSError as error:
-        return tell(reason_of(error), 1)
+    except (OSError, ConfigError) as error:
+        tell(reason_of(error))
+        return 1
     return master.run()
 
 
-def main(argv=None):
-    """The command line -> exit status."""
-    parser = argparse.ArgumentParser(prog="hupserve", description="A WSGI server whose SIGHUP reload loses nothing.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. -> exit status."""
+    parser = argparse.ArgumentParser(
+        prog="hupserve", description="A WSGI server whose SIGHUP reload loses nothing."
+    )
     parser.add_argument("config", metavar="CONFIG", help="an ini file")
-    parser.add_argument("--check", action="store_true", help="validate it, application included, and exit")
+    parser.add_argument(
+        "--check", action="store_true", help="validate it, application included, and exit"
+    )
     parser.add_argument("--version", action="version", version=f"hupserve {__version__}")
-    arguments = parser.parse_args(argv)
-    while os.open(os.devnull, os.O_RDWR) < 3:       # a closed stderr's number must not become a socket's
+    options = parser.parse_args(arguments)
+    # Fill the first three descriptors: the number of a closed stderr must not become a socket's.
+    while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
-        config = read_config(arguments.config)
+        config = read_config(options.config)
     except ConfigError as error:
-        return tell(error, 2)
-    if arguments.check:         # like nginx -t: a worker loads all of it, and nothing is bound
+        tell(error)
+        return 2
+    if options.check:  # like nginx -t: a worker loads all of it, and nothing is bound
         config = config._replace(listen={}, workers=1, pidfile="", log_file="-", access_log="off")
     return serve(config)
 
