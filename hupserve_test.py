@@ -20,6 +20,7 @@ or a unix socket, sends it signals, and looks at it from outside: answers, log, 
 
 A test waits for conditions (until), never for time, except where time itself is the promise.
 """
+
 import argparse
 import collections
 import concurrent.futures
@@ -57,10 +58,13 @@ HUPSERVE = Path(__file__).resolve().with_name("hupserve.py")
 PYTHON = os.environ.get("HUPSERVE_PYTHON", sys.executable)
 DEADLINE = 30  # seconds for whatever must happen; only a failing test waits that long
 
-beyond_core = pytest.mark.skipif("HUPSERVE_CORE" in os.environ, reason="HUPSERVE_CORE: only the core")
+beyond_core = pytest.mark.skipif(
+    "HUPSERVE_CORE" in os.environ, reason="HUPSERVE_CORE: only the core"
+)
 
 
 # ==== the harness ====================================================================================================
+
 
 def until(condition, what="", deadline=DEADLINE):
     """Wait for the condition to hold, and return what it returned."""
@@ -81,7 +85,9 @@ def processes():
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            fields = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()
+            fields = (
+                Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()
+            )
             cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             found.append(Process(int(entry), fields[0], int(fields[1]), int(fields[3]), cpu))
     return found
@@ -103,9 +109,15 @@ def descriptors(pid):
 
 def listening():
     """The machine's listening TCP sockets: {"socket:[inode]": port}."""
-    rows = [line.split() for family in ("tcp", "tcp6") if os.path.exists(f"/proc/net/{family}")
-            for line in Path("/proc/net", family).read_text().splitlines()]
-    return {f"socket:[{row[9]}]": int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
+    rows = [
+        line.split()
+        for family in ("tcp", "tcp6")
+        if os.path.exists(f"/proc/net/{family}")
+        for line in Path("/proc/net", family).read_text().splitlines()
+    ]
+    return {
+        f"socket:[{row[9]}]": int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"
+    }
 
 
 def ports_of(pid):
@@ -143,15 +155,31 @@ class Server:
     """
 
     APP = "[app:main]\npaste.app_factory = app:factory\ngreeting = hello\n"
-    STATUS = ("[pipeline:main]\npipeline = status app\n"
-              "[filter:status]\npaste.filter_factory = hupserve:status_filter\npath = /status\n"
-              + APP.replace("app:main", "app:app", 1))
+    STATUS = (
+        "[pipeline:main]\npipeline = status app\n"
+        "[filter:status]\npaste.filter_factory = hupserve:status_filter\npath = /status\n"
+        + APP.replace("app:main", "app:app", 1)
+    )
 
-    def __init__(self, folder, sections=APP, code=None, prefix=(), env=(), port=None, terminal=False, popen=(), **keys):
+    def __init__(
+        self,
+        folder,
+        sections=APP,
+        code=None,
+        prefix=(),
+        env=(),
+        port=None,
+        terminal=False,
+        popen=(),
+        **keys,
+    ):
         self.folder = Path(folder)
         self.ini = self.folder / "hupserve.ini"
         self.stderr = self.folder / "stderr"
-        self.sections, self.keys = sections, {"listen": f"127.0.0.1:{port or 0}", "workers": 2, **keys}
+        self.sections, self.keys = (
+            sections,
+            {"listen": f"127.0.0.1:{port or 0}", "workers": 2, **keys},
+        )
         self.prefix, self.env, self.popen = list(prefix), {**os.environ, **dict(env)}, dict(popen)
         self.port = port  # given where the first line cannot be read
         self.terminal = terminal
@@ -183,13 +211,19 @@ class Server:
             for number in (SIGHUP, SIGINT, SIGQUIT):
                 signal.signal(number, signal.SIG_DFL)
             if self.terminal:
-                fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal of this session, as after a login
+                fcntl.ioctl(
+                    0, termios.TIOCSCTTY, 0
+                )  # the terminal of this session, as after a login
 
         with open(self.stderr, "ab") as log:
             self.process = subprocess.Popen(
-                [*self.prefix, PYTHON, str(HUPSERVE), str(self.ini)], cwd=self.folder, env=self.env,
-                start_new_session=True, preexec_fn=fresh,
-                **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **self.popen})
+                [*self.prefix, PYTHON, str(HUPSERVE), str(self.ini)],
+                cwd=self.folder,
+                env=self.env,
+                start_new_session=True,
+                preexec_fn=fresh,
+                **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **self.popen},
+            )
         self.pid, self.generation = self.process.pid, 1
         try:
             ready = self.answers if self.port else self.first_line
@@ -200,7 +234,9 @@ class Server:
             raise
 
     def first_line(self):
-        found = re.search(r" on (.+) with (\d+) workers?; to reload it: kill -HUP (\d+)\n", self.log())
+        found = re.search(
+            r" on (.+) with (\d+) workers?; to reload it: kill -HUP (\d+)\n", self.log()
+        )
         if found:
             self.addresses = found[1].split()
             port = re.search(r"//\S+:(\d+)", found[1])
@@ -228,7 +264,11 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, SIGKILL)
         self.process.wait(DEADLINE)
-        print(self.log(self.ini.name) if self.ini.is_file() else "", self.log(), sep="\n---- log ----\n")
+        print(
+            self.log(self.ini.name) if self.ini.is_file() else "",
+            self.log(),
+            sep="\n---- log ----\n",
+        )
         if error is None:
             assert (status, left) == (0, []), "exit status, processes left behind"
             assert self.tracebacks or "Traceback" not in self.log()
@@ -246,7 +286,9 @@ class Server:
 
     def wait_log(self, pattern, since=0, file="stderr"):
         """The first match of the pattern in what was logged since that length of the log."""
-        return until(lambda: re.search(pattern, self.log(file)[since:]), f"a log line like {pattern!r}")
+        return until(
+            lambda: re.search(pattern, self.log(file)[since:]), f"a log line like {pattern!r}"
+        )
 
     def reload(self, refused=None, **changes):
         """Change the ini, send SIGHUP, wait until a newer generation serves: its number. Or for a line like this."""
@@ -256,21 +298,42 @@ class Server:
         self.signal(SIGHUP)
         if refused:
             return self.wait_log(refused, since)[0]
-        self.generation = max(until(lambda: [
-            number for number in map(int, re.findall(r"generation (\d+) serves", self.log()[since:]))
-            if number > self.generation], "a newer generation"))
+        self.generation = max(
+            until(
+                lambda: [
+                    number
+                    for number in map(
+                        int, re.findall(r"generation (\d+) serves", self.log()[since:])
+                    )
+                    if number > self.generation
+                ],
+                "a newer generation",
+            )
+        )
         until(lambda: not any(map(ports_of, old)), "the old workers to have heard of it")
         return self.generation
 
     def others(self):
         """Every process of its session, the master included."""
-        return [process.pid for process in processes() if process.session == self.pid and process.state != "Z"]
+        return [
+            process.pid
+            for process in processes()
+            if process.session == self.pid and process.state != "Z"
+        ]
 
     def workers(self):
-        return {process.pid for process in processes() if process.parent == self.pid and process.state != "Z"}
+        return {
+            process.pid
+            for process in processes()
+            if process.parent == self.pid and process.state != "Z"
+        }
 
     def zombies(self):
-        return [process for process in processes() if process.parent == self.pid and process.state == "Z"]
+        return [
+            process
+            for process in processes()
+            if process.parent == self.pid and process.state == "Z"
+        ]
 
     def connect(self, **keywords):
         self.clients.append(Client(self.port, **keywords))
@@ -320,8 +383,13 @@ class Client:
     def __init__(self, address, tls=None, receive_buffer=None):
         """The address is a port of 127.0.0.1, a (host, port) or the path of a unix socket."""
         address = ("127.0.0.1", address) if isinstance(address, int) else address
-        family = (socket.AF_UNIX if isinstance(address, (str, Path)) else
-                  socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        family = (
+            socket.AF_UNIX
+            if isinstance(address, (str, Path))
+            else socket.AF_INET6
+            if ":" in address[0]
+            else socket.AF_INET
+        )
         self.socket = socket.socket(family)
         self.socket.settimeout(DEADLINE)
         self.buffer = bytearray()
@@ -375,13 +443,16 @@ class Client:
     def take_until(self, mark):
         while mark not in self.buffer:
             self.more()
-        return self.take(self.buffer.index(mark) + len(mark))[:-len(mark)]
+        return self.take(self.buffer.index(mark) + len(mark))[: -len(mark)]
 
     def answer(self, method="GET"):
         """Read one answer, byte for byte what RFC 9112 says it is."""
         first, *fields = self.take_until(b"\r\n\r\n").decode("latin-1").split("\r\n")
         assert re.fullmatch(r"HTTP/1\.1 [1-5]\d\d [\t -\xff]*", first), first
-        pairs = [(name.lower(), value.strip()) for name, colon, value in (field.partition(":") for field in fields)]
+        pairs = [
+            (name.lower(), value.strip())
+            for name, colon, value in (field.partition(":") for field in fields)
+        ]
         status, headers = int(first[9:12]), dict(pairs)
         assert [name for name, _ in pairs].count("content-length") <= 1, fields
         assert not ("content-length" in headers and "transfer-encoding" in headers), fields
@@ -422,7 +493,10 @@ class Load:
         self.port, self.pause, self.path = server.port, pause, path
         self.answered, self.lost = [], []  # the generations that did, the reasons
         self.numbers, self.stopping = itertools.count(), threading.Event()
-        self.threads = [threading.Thread(target=self.client, args=(number < keep,)) for number in range(keep + closing)]
+        self.threads = [
+            threading.Thread(target=self.client, args=(number < keep,))
+            for number in range(keep + closing)
+        ]
 
     def __enter__(self):
         for thread in self.threads:
@@ -442,7 +516,11 @@ class Load:
                 connection = connection or Client(self.port)
                 answer = connection.post(f"{self.path}?{token}", token.encode() * 20, *fields)
                 closes, seen = answer.closes, answer.json
-                assert (answer.status, seen["QUERY_STRING"], seen["body"]) == (200, token, token * 20), answer
+                assert (answer.status, seen["QUERY_STRING"], seen["body"]) == (
+                    200,
+                    token,
+                    token * 20,
+                ), answer
                 self.answered.append(seen["hupserve.generation"])
             except Exception as error:  # whatever it is, this request was lost
                 self.lost.append(f"{type(error).__name__}: {error}"[:300])
@@ -465,7 +543,9 @@ class Load:
 
 @pytest.fixture
 def folder():
-    with tempfile.TemporaryDirectory(prefix="hupserve") as path:  # short: a unix socket's path is at most 107 bytes
+    with tempfile.TemporaryDirectory(
+        prefix="hupserve"
+    ) as path:  # short: a unix socket's path is at most 107 bytes
         yield Path(path)
 
 
@@ -757,6 +837,7 @@ atexit.register(end)
 
 # ==== the invariants =================================================================================================
 
+
 def told(worker):
     """The worker has been told to drain: it has closed its listeners."""
     return not ports_of(worker)
@@ -765,7 +846,10 @@ def told(worker):
 def test_1_no_client_is_refused_or_reset_across_reloads(serve):
     """Guards: the new are started before the old are told, the listener is kept, idle connections get a grace."""
     server = serve()
-    with Load(server, keep=8, closing=4) as busy, Load(server, keep=40, closing=0, pause=0.5) as idle:
+    with (
+        Load(server, keep=8, closing=4) as busy,
+        Load(server, keep=40, closing=0, pause=0.5) as idle,
+    ):
         for _ in range(8):
             server.reload()
             busy.more(100)
@@ -784,8 +868,13 @@ def test_1_nor_when_200_and_then_10000_sighups_come_in_a_row(serve):
             load.more(1)
         for _ in range(10_000):
             server.signal()
-        until(lambda: {server.get().json["greeting"] for _ in range(10)} == {"hello 199"}, "the newest configuration")
-        until(lambda: len(server.workers()) == 2 and not server.zombies(), "two workers and no zombie")
+        until(
+            lambda: {server.get().json["greeting"] for _ in range(10)} == {"hello 199"},
+            "the newest configuration",
+        )
+        until(
+            lambda: len(server.workers()) == 2 and not server.zombies(), "two workers and no zombie"
+        )
     assert load.lost == []
 
 
@@ -842,7 +931,9 @@ def test_2_what_has_begun_is_answered_across(serve, how):
     half.send(b"st: test\r\n\r\n")
     idle.request("GET", "/idle")
     if how != "a graceful stop":
-        assert queued.answer().json["pid"] != busy.worker, "the new worker has taken over while the old one is busy"
+        assert queued.answer().json["pid"] != busy.worker, (
+            "the new worker has taken over while the old one is busy"
+        )
     server.release("busy")
     answers = [busy.answer(), busy.answer(), busy.answer()]
     assert [answer.json["PATH_INFO"] for answer in answers] == ["/hold", "/second", "/third"]
@@ -859,8 +950,13 @@ def test_2_what_has_begun_is_answered_across(serve, how):
         assert len(server.workers()) == 1
 
 
-@pytest.mark.parametrize("ahead", [b"GET /nap HTTP/1.1\r\nHost: test\r\n\r\n",
-                                   b"POST /nap HTTP/1.1\r\nHost: test\r\nContent-Length: 2\r\n\r\nxx"])
+@pytest.mark.parametrize(
+    "ahead",
+    [
+        b"GET /nap HTTP/1.1\r\nHost: test\r\n\r\n",
+        b"POST /nap HTTP/1.1\r\nHost: test\r\nContent-Length: 2\r\n\r\nxx",
+    ],
+)
 def test_2_but_who_is_always_one_request_ahead_holds_no_worker(serve, ahead):
     """Guards: one look for what has come behind. It is answered; what comes later meets a Connection: close."""
     server = serve(workers=1)
@@ -881,7 +977,9 @@ def test_2_and_who_waited_for_a_thread_is_asked_too(serve):
         assert client.get().status == 200
         held = server.hold("held")
         client.request("GET", "/first")
-        time.sleep(0.1)  # nothing outside tells when it has been read; were it too short, this would show less
+        time.sleep(
+            0.1
+        )  # nothing outside tells when it has been read; were it too short, this would show less
         client.request("GET", "/second")
         server.signal()
         until(lambda: told(held.worker))
@@ -896,8 +994,13 @@ def test_2_long_requests_cross_two_reloads_whole(serve):
     server = serve(workers=1)
     small, large, chunked, download = (server.connect(receive_buffer=4096) for _ in range(4))
     small.send(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 2000\r\n\r\n" + b"s" * 1000)
-    large.send(b"POST /size HTTP/1.1\r\nHost: test\r\nContent-Length: 2000000\r\n\r\n" + b"l" * 1000)
-    chunked.send(b"POST /size HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n" + b"c" * 100)
+    large.send(
+        b"POST /size HTTP/1.1\r\nHost: test\r\nContent-Length: 2000000\r\n\r\n" + b"l" * 1000
+    )
+    chunked.send(
+        b"POST /size HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"
+        + b"c" * 100
+    )
     download.request("GET", "/big?16000000")
     download.more()
     held = server.hold("held")  # by now the worker has accepted them all
@@ -914,15 +1017,26 @@ def test_2_long_requests_cross_two_reloads_whole(serve):
     until(lambda: not alive(held.worker))
 
 
-@pytest.mark.parametrize("why", ["the application does not import", "a worker exits while it boots",
-                                 "a worker is never ready", "an address is taken"])
+@pytest.mark.parametrize(
+    "why",
+    [
+        "the application does not import",
+        "a worker exits while it boots",
+        "a worker is never ready",
+        "an address is taken",
+    ],
+)
 def test_3_a_reload_commits_whole_or_changes_nothing(serve, why):
     """Guards: ready before commit; new addresses listen at the commit only; the roll-back."""
     server = serve(boot_timeout=20)
     server.tracebacks = True
     before, workers, new = descriptors(server.pid), server.workers(), free_port()
-    changes = {"listen": f"127.0.0.1:0 127.0.0.1:{new}", "workers": 3, "boot_timeout": 20,
-               "sections": server.APP.replace("hello", "good bye")}
+    changes = {
+        "listen": f"127.0.0.1:0 127.0.0.1:{new}",
+        "workers": 3,
+        "boot_timeout": 20,
+        "sections": server.APP.replace("hello", "good bye"),
+    }
     mistake = {}
     with Load(server) as load, socket.socket() as taken:
         if why == "the application does not import":
@@ -950,7 +1064,9 @@ def test_3_a_reload_commits_whole_or_changes_nothing(serve, why):
         assert server.get().json["greeting"] == "good bye" and not refused(new)
         until(lambda: len(server.workers()) == 3)
     assert load.lost == []
-    assert ("RuntimeError: this application" in server.log()) == (why == "the application does not import")
+    assert ("RuntimeError: this application" in server.log()) == (
+        why == "the application does not import"
+    )
 
 
 def test_3_nor_does_an_error_that_cannot_be_told_make_a_second_master(serve):
@@ -958,7 +1074,9 @@ def test_3_nor_does_an_error_that_cannot_be_told_make_a_second_master(serve):
     server = serve()
     server.tracebacks = True
     workers = server.workers()
-    server.write_app("class Worse(OSError):\n    def __str__(self):\n        raise OSError('worse')\nraise Worse\n")
+    server.write_app(
+        "class Worse(OSError):\n    def __str__(self):\n        raise OSError('worse')\nraise Worse\n"
+    )
     server.reload("reload rolled back: .+")
     until(lambda: server.workers() == workers, "the new workers to be gone")
     assert "cannot start a worker" not in server.log()
@@ -967,8 +1085,10 @@ def test_3_nor_does_an_error_that_cannot_be_told_make_a_second_master(serve):
 def test_4_no_old_worker_drains_before_every_new_one_is_ready(serve):
     """Guards: the commit waits for all. One new worker is ready, the other still imports: nothing has changed."""
     server = serve(workers=2)
-    server.write_app("import os, time\ntry:\n    os.mkdir('first')\nexcept FileExistsError:\n"
-                     "    while not os.path.exists('go'):\n        time.sleep(0.01)\n" + APPLICATION)
+    server.write_app(
+        "import os, time\ntry:\n    os.mkdir('first')\nexcept FileExistsError:\n"
+        "    while not os.path.exists('go'):\n        time.sleep(0.01)\n" + APPLICATION
+    )
     with Load(server) as load, server.connect() as client:
         client.get()
         server.signal()
@@ -1146,7 +1266,11 @@ def test_9_a_worker_that_dies_is_replaced(serve):
     [old] = server.workers()
     os.kill(old, SIGKILL)
     answer = server.get().json
-    assert (answer["code"], answer["greeting"], answer["hupserve.generation"]) == ("new", "hello", 1)
+    assert (answer["code"], answer["greeting"], answer["hupserve.generation"]) == (
+        "new",
+        "hello",
+        1,
+    )
     assert "replaced" in server.log() and len(server.workers()) == 1
     with contextlib.suppress(Cut, ConnectionResetError):
         server.get("/exit")  # it ends itself in the middle of a request
@@ -1155,8 +1279,11 @@ def test_9_a_worker_that_dies_is_replaced(serve):
 
 def test_9_a_crash_loop_backs_off(serve):
     """Guards: 0, 0.2, 0.4 ... 5 s between replacements; the other worker serves on."""
-    server = serve(workers=2, code="import os, threading\nif os.path.exists('crash'):\n"
-                                   "    threading.Timer(0.2, os._exit, (3,)).start()\n" + APPLICATION)
+    server = serve(
+        workers=2,
+        code="import os, threading\nif os.path.exists('crash'):\n"
+        "    threading.Timer(0.2, os._exit, (3,)).start()\n" + APPLICATION,
+    )
     server.release("crash")
     with server.connect() as client:
         healthy = client.get().json["pid"]
@@ -1187,14 +1314,18 @@ def test_10_a_slow_client_costs_no_thread(serve):
     """Guards: heads and small bodies are received by the main thread. Two threads, 700 slow clients, no delay."""
     server = serve(workers=1, threads=2, header_timeout=120)
     with contextlib.ExitStack() as stack:
-        silent, idle, heads, bodies = ([stack.enter_context(server.connect()) for _ in range(number)]
-                                       for number in (200, 200, 200, 100))
+        silent, idle, heads, bodies = (
+            [stack.enter_context(server.connect()) for _ in range(number)]
+            for number in (200, 200, 200, 100)
+        )
         for client in idle:
             client.get()
         for client in heads:
             client.send(b"GET /slow HTTP/1.1\r\nHo")
         for client in bodies:
-            client.send(b"POST /slow HTTP/1.1\r\nHost: test\r\nContent-Length: 60000\r\n\r\n" + b"b" * 100)
+            client.send(
+                b"POST /slow HTTP/1.1\r\nHost: test\r\nContent-Length: 60000\r\n\r\n" + b"b" * 100
+            )
         for _ in range(50):
             assert server.get().status == 200
         for client in heads:
@@ -1207,10 +1338,25 @@ def test_10_a_slow_client_costs_no_thread(serve):
 
 CHUNK = b"ffff\r\n" + b"x" * 0xFFFF + b"\r\n"
 CLOSING = {  # the head, what is sent behind it, the status and the size of what must arrive whole nevertheless
-    "pipelined": ("GET /big?999999 HTTP/1.1|Host: a|Connection: close||", b"GET / HTTP/1.1\r\n" * 5000, 200, 999984),
+    "pipelined": (
+        "GET /big?999999 HTTP/1.1|Host: a|Connection: close||",
+        b"GET / HTTP/1.1\r\n" * 5000,
+        200,
+        999984,
+    ),
     "a long upload": ("POST / HTTP/1.1|Host: a|Content-Length: 4000000||", b"x" * 4000000, 413, 0),
-    "a long chunked one": ("POST / HTTP/1.1|Host: a|Transfer-Encoding: chunked||", CHUNK * 60 + b"0\r\n\r\n", 413, 0),
-    "an unread upload": ("POST /unread HTTP/1.1|Host: a|Content-Length: 900000||", b"x" * 900000, 200, 8),
+    "a long chunked one": (
+        "POST / HTTP/1.1|Host: a|Transfer-Encoding: chunked||",
+        CHUNK * 60 + b"0\r\n\r\n",
+        413,
+        0,
+    ),
+    "an unread upload": (
+        "POST /unread HTTP/1.1|Host: a|Content-Length: 900000||",
+        b"x" * 900000,
+        200,
+        8,
+    ),
     "a refused head": ("GET / HTTP/1.1|Host : a||", b"x" * 1000000, 400, 0),
 }
 
@@ -1233,7 +1379,13 @@ def test_11_nor_to_what_comes_after_the_last_answer(serve):
     with Client(server.port, receive_buffer=4096) as client:
         client.request("GET", "/big?320000", b"", "Connection: close")
         server.wait_log("GET /big")
-        until(lambda: client.send(b"too late") and server.get("/").status == 200 and "GET / " in server.log())
+        until(
+            lambda: (
+                client.send(b"too late")
+                and server.get("/").status == 200
+                and "GET / " in server.log()
+            )
+        )
         client.send(b"and later")
         assert len(client.answer().body) == 320000
 
@@ -1275,9 +1427,14 @@ def test_12_a_child_keeps_no_descriptor_that_is_not_its_generations(serve):
         until(lambda: len(server.workers()) == 3)
         new = server.workers() - {old.worker}
         assert [ports_of(pid) for pid in new] == [{server.port}] * 2 == [ports_of(server.pid)] * 2
-        until(lambda: [kinds(pid) for pid in new] == [first] * 2, "them to hold what the first ones held")
+        until(
+            lambda: [kinds(pid) for pid in new] == [first] * 2,
+            "them to hold what the first ones held",
+        )
     os.kill(min(new), SIGKILL)
-    replacement = until(lambda: (len(server.workers()) == 3) and server.workers() - new - {old.worker})
+    replacement = until(
+        lambda: (len(server.workers()) == 3) and server.workers() - new - {old.worker}
+    )
     until(lambda: [kinds(pid) for pid in replacement] == [first], "so does a replacement")
     server.release("old")
     old.answer()
@@ -1293,7 +1450,10 @@ def test_12_an_applications_children_keep_none_and_block_nothing(serve):
         signals = server.get("/children").json
         assert not re.search("socket:|pipe:", server.log("child")) and server.log("child")
         assert int(signals["SigBlk"], 16) == 0
-        mask = sum(1 << number - 1 for number in (SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, signal.SIGCHLD))
+        mask = sum(
+            1 << number - 1
+            for number in (SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, signal.SIGCHLD)
+        )
         assert int(signals["SigIgn"], 16) & mask == 0
         server.release("held")
         assert held.answer().status == idle.get().status == 200
@@ -1313,13 +1473,17 @@ def test_13_out_of_descriptors_is_a_pause_and_never_a_spin(serve):
 
     with contextlib.ExitStack() as stack:
         clients = []
-        for _ in range(200):  # half a request each, so that there is no idle connection to be closed instead
+        for _ in range(
+            200
+        ):  # half a request each, so that there is no idle connection to be closed instead
             clients.append(stack.enter_context(server.connect()).send(b"GET / HTTP/1.1\r\nHo"))
         server.wait_log("(?i)descriptor|open files")
         pids, before = server.others(), cpu()
         time.sleep(3)
         assert cpu() - before < 0.1 * 3
-        assert len(re.findall("(?i)descriptor|open files", server.log())) <= 2, "logged once per worker, not per try"
+        assert len(re.findall("(?i)descriptor|open files", server.log())) <= 2, (
+            "logged once per worker, not per try"
+        )
         for client in clients[:150]:
             client.close()
         for client in clients[150:]:
@@ -1329,13 +1493,21 @@ def test_13_out_of_descriptors_is_a_pause_and_never_a_spin(serve):
 
 def test_13_nor_does_it_keep_a_request_from_its_thread(serve):
     """Guards: accept's pause is no pause of the threads."""
-    server = serve(workers=1, header_timeout=120, prefix=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
+    server = serve(
+        workers=1, header_timeout=120, prefix=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"]
+    )
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.connect()).send(b"GET /sleep?2 HTTP/1.1\r\nHo") for _ in range(90)]
+        clients = [
+            stack.enter_context(server.connect()).send(b"GET /sleep?2 HTTP/1.1\r\nHo")
+            for _ in range(90)
+        ]
         server.wait_log("open files")
         for client in clients[:6]:
             client.send(b"st: test\r\n\r\n")
-        until(lambda: len(os.listdir(f"/proc/{min(server.workers())}/task")) >= 7, "six requests in flight")
+        until(
+            lambda: len(os.listdir(f"/proc/{min(server.workers())}/task")) >= 7,
+            "six requests in flight",
+        )
         assert {client.answer().status for client in clients[:6]} == {200}
 
 
@@ -1398,6 +1570,7 @@ def test_13_nor_is_a_thread_that_cannot_be_started(serve, folder):
 
 
 # ==== the reload =====================================================================================================
+
 
 def test_reload_changes_the_number_of_workers(serve):
     server = serve()
@@ -1475,9 +1648,14 @@ def test_reload_changes_log_file_and_log_level(serve):
 
 def test_reload_changes_pipeline_settings_and_code(serve):
     server = serve()
-    assert server.get("/status").json["greeting"] == "hello", "no filter yet: the application answers"
+    assert server.get("/status").json["greeting"] == "hello", (
+        "no filter yet: the application answers"
+    )
     server.reload(sections=server.STATUS.replace("hello", "good day"))
-    assert server.get("/status?format=json").json["workers"] and server.get().json["greeting"] == "good day"
+    assert (
+        server.get("/status?format=json").json["workers"]
+        and server.get().json["greeting"] == "good day"
+    )
     server.write_app(APPLICATION.replace('"pid": os', '"code": "new", "pid": os'))
     server.reload(sections=server.APP)
     assert server.get("/status").json["code"] == "new"
@@ -1518,7 +1696,9 @@ def test_reload_changes_the_loggers(serve):
     server.reload(sections=server.APP + LOGGERS.replace("<%(levelname)s>", "%(levelname)s:"))
     server.get("/log?second")
     assert server.log("own.log") == "<WARNING> 50% of first\nWARNING: 50% of second\n"
-    server.reload(sections=server.APP + LOGGERS.replace("app]\nlevel = INFO", "app]\nlevel = ERROR"))
+    server.reload(
+        sections=server.APP + LOGGERS.replace("app]\nlevel = INFO", "app]\nlevel = ERROR")
+    )
     server.get("/log?third")
     assert "third" not in server.log("own.log")
 
@@ -1552,7 +1732,10 @@ def test_reload_40_times_leaves_the_master_as_it_was(serve):
     server = serve(workers=1)
 
     def master():
-        status = dict(line.split(":", 1) for line in Path(f"/proc/{server.pid}/status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1)
+            for line in Path(f"/proc/{server.pid}/status").read_text().splitlines()
+        )
         links = sorted(link.split(":")[0] for link in descriptors(server.pid))
         return int(status["Threads"]), links, int(status["VmRSS"].split()[0])
 
@@ -1572,7 +1755,9 @@ def test_a_drain_says_every_30_seconds_what_it_waits_for(long_drain):
     server, held = long_drain
     until(lambda: re.search("still draining.*", server.log()), "the line", deadline=60)
     line = re.search(".*still draining.*", server.log())[0]
-    assert "127.0.0.1" in line and "GET /hold" in line and "held" not in line, "client, path, but not the query"
+    assert "127.0.0.1" in line and "GET /hold" in line and "held" not in line, (
+        "client, path, but not the query"
+    )
     server.release("held")
     assert held.answer().closes
 
@@ -1580,7 +1765,10 @@ def test_a_drain_says_every_30_seconds_what_it_waits_for(long_drain):
 @pytest.fixture(scope="module", autouse=True)
 def long_drain(request):
     """What it shows takes 30 s, so it begins before the first test."""
-    if not any("every_30_seconds" in item.name for item in request.session.items) or "HUPSERVE_CORE" in os.environ:
+    if (
+        not any("every_30_seconds" in item.name for item in request.session.items)
+        or "HUPSERVE_CORE" in os.environ
+    ):
         yield
         return
     with shared_server() as server:
@@ -1603,6 +1791,7 @@ KEY = "workers = 1"
 FACTORY = "paste.app_factory = app:factory"
 SETTING = FACTORY + "\ngreeting = hello"
 
+# fmt: off
 MISTAKES = [  # replace this, by that, and the line that says so contains these
     (KEY, "worker = 1", "[server:main] worker: unknown key; did you mean workers?"),
     (KEY, "Workers = 1", "[server:main] Workers: unknown key"),
@@ -1663,6 +1852,7 @@ MISTAKES = [  # replace this, by that, and the line that says so contains these
     ("[server:main]", "[server:main", "line"),
     ("hello", "\udcff\udcfe", "utf-8"),
 ]
+# fmt: on
 
 
 @pytest.fixture(scope="module")
@@ -1678,12 +1868,21 @@ def test_a_mistake_is_a_log_file_that_is_a_pipe_without_a_reader(mistaken):
 
 
 def run(*arguments, **keywords):
-    return subprocess.run([PYTHON, str(HUPSERVE), *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, timeout=DEADLINE, **keywords)
+    return subprocess.run(
+        [PYTHON, str(HUPSERVE), *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        **keywords,
+    )
 
 
-@pytest.mark.parametrize("replaced, by, expected", [(old, new, rest) for old, new, *rest in MISTAKES],
-                         ids=[repr(new)[1:-1][:50] for _, new, *_ in MISTAKES])
+@pytest.mark.parametrize(
+    "replaced, by, expected",
+    [(old, new, rest) for old, new, *rest in MISTAKES],
+    ids=[repr(new)[1:-1][:50] for _, new, *_ in MISTAKES],
+)
 def test_a_mistake_is_one_clear_line(mistaken, replaced, by, expected):
     """At start, with --check and at a reload; never a traceback, and a running server stays as it is."""
     binds = "TAKEN" in by or "unix:" in by  # and --check does not
@@ -1705,15 +1904,25 @@ def test_a_mistake_is_one_clear_line(mistaken, replaced, by, expected):
         assert len(stop.stderr.splitlines()) == 1 and stop.stdout == "", stop
     for log in [stop.stderr for stop in stops.values()] + [mistaken.log()[since:]]:
         assert "Traceback" not in log
-        assert [line for line in log.splitlines() if all(text in line for text in [*expected, mistaken.ini.name])], log
+        assert [
+            line
+            for line in log.splitlines()
+            if all(text in line for text in [*expected, mistaken.ini.name])
+        ], log
     assert mistaken.get().json["hupserve.generation"] == 1 and len(mistaken.workers()) == 1
 
 
 def test_a_mistake_in_the_command_line(folder):
     (folder / "good.ini").write_text(GOOD)
     (folder / "app.py").write_text(APPLICATION)
-    for arguments in ([], ["one.ini", "two.ini"], ["--colour"], [folder / "none.ini"], [folder],
-                      ["--check", folder / "none.ini"]):
+    for arguments in (
+        [],
+        ["one.ini", "two.ini"],
+        ["--colour"],
+        [folder / "none.ini"],
+        [folder],
+        ["--check", folder / "none.ini"],
+    ):
         stop = run(*arguments, cwd=folder)
         assert stop.returncode == 2 and "Traceback" not in stop.stderr and stop.stderr, stop
         assert len(stop.stderr.splitlines()) == 1 or stop.stderr.startswith("usage:"), stop
@@ -1726,15 +1935,23 @@ def test_a_mistake_in_the_command_line(folder):
 def test_an_applications_mistake_is_told_with_its_traceback(folder):
     """Always the traceback for the application's mistake: where else would its author find it?"""
     (folder / "good.ini").write_text(GOOD)
-    for code, text, line in (BROKEN, "RuntimeError: this application does not import", 1), (OWN_FILE, "nosuch", 3):
+    for code, text, line in (
+        (BROKEN, "RuntimeError: this application does not import", 1),
+        (OWN_FILE, "nosuch", 3),
+    ):
         (folder / "app.py").write_text(code)
         for arguments, status in (["--check"], 2), ([], 1):
             stop = run(*arguments, folder / "good.ini", cwd=folder)
             assert stop.returncode == status, stop
-            assert "Traceback" in stop.stderr and text in stop.stderr and f'app.py", line {line}' in stop.stderr
+            assert (
+                "Traceback" in stop.stderr
+                and text in stop.stderr
+                and f'app.py", line {line}' in stop.stderr
+            )
 
 
 # ==== the signals ====================================================================================================
+
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGQUIT])
 def test_signal_TERM_answers_all_that_came(serve, number):
@@ -1773,7 +1990,9 @@ def test_signal_TERM_in_the_middle_of_the_start_is_obeyed_at_once(folder):
     (folder / "gate").touch()
     (folder / "app.py").write_text(GATE)
     (folder / "hupserve.ini").write_text(GOOD)
-    process = subprocess.Popen([PYTHON, str(HUPSERVE), "hupserve.ini"], cwd=folder, start_new_session=True)
+    process = subprocess.Popen(
+        [PYTHON, str(HUPSERVE), "hupserve.ini"], cwd=folder, start_new_session=True
+    )
     until(lambda: [worker for worker in processes() if worker.parent == process.pid])
     process.terminate()
     process.wait(DEADLINE)
@@ -1817,13 +2036,19 @@ def test_signal_USR1_is_nothing_to_anybody(serve):
     server = serve()
     workers = server.workers()
     for _ in range(10):
-        for signum in SIGUSR1, signal.SIGUSR2, signal.SIGTTIN:  # to other servers they mean something
+        for signum in (
+            SIGUSR1,
+            signal.SIGUSR2,
+            signal.SIGTTIN,
+        ):  # to other servers they mean something
             os.killpg(server.pid, signum)
         assert server.get().status == 200
     assert server.workers() == workers
 
 
-@pytest.mark.parametrize("code", [APPLICATION + "# new\n", BROKEN + APPLICATION], ids=["imports", "does not import"])
+@pytest.mark.parametrize(
+    "code", [APPLICATION + "# new\n", BROKEN + APPLICATION], ids=["imports", "does not import"]
+)
 def test_signal_HUP_to_the_whole_group_loses_nothing(serve, code):
     """Guards: a worker obeys the order on its line and not the signal, which anybody can send."""
     server = serve()
@@ -1849,6 +2074,7 @@ HOST = "HTTP/1.1|Host: a|"
 POST = "POST / " + HOST
 CHUNKED = POST + "Transfer-Encoding: chunked||"
 
+# fmt: off
 EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the connection, what the application saw
     # RFC 9112 2.2: the message
     ("the plain request", f"GET /x?y=z {HOST}|", 200, OPEN, {"PATH_INFO": "/x", "QUERY_STRING": "y=z"}),
@@ -2005,6 +2231,7 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("204", f"GET /204 {HOST}|", 204, OPEN),
     ("304", f"GET /304 {HOST}|", 304, OPEN),
 ]
+# fmt: on
 
 
 @pytest.fixture(scope="module")
@@ -2015,11 +2242,16 @@ def shared():
         yield server
 
 
-@pytest.mark.parametrize("raw, status, then, seen", [(*row, {})[1:5] for row in EXCHANGE],
-                         ids=[row[0] for row in EXCHANGE])
+@pytest.mark.parametrize(
+    "raw, status, then, seen",
+    [(*row, {})[1:5] for row in EXCHANGE],
+    ids=[row[0] for row in EXCHANGE],
+)
 def test_exchange(shared, raw, status, then, seen):
     with shared.connect() as client:
-        client.send(raw.replace("|", "\r\n").encode("latin-1") + b"GET /next HTTP/1.1\r\nHost: next\r\n\r\n")
+        client.send(
+            raw.replace("|", "\r\n").encode("latin-1") + b"GET /next HTTP/1.1\r\nHost: next\r\n\r\n"
+        )
         answer = client.answer(raw.split(" ")[0])
         assert answer.status in (status if isinstance(status, set) else {status})
         for key, value in seen.items():
@@ -2043,8 +2275,10 @@ def test_exchange_pipelined_requests_are_answered_in_their_order(shared):
 
 def test_exchange_byte_by_byte(shared):
     """However the bytes arrive: a request may end anywhere in a segment."""
-    raw = (b"POST /one HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5;x\r\nhello\r\n0\r\nX: y\r\n\r\n"
-           b"POST /two HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello")
+    raw = (
+        b"POST /one HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5;x\r\nhello\r\n0\r\nX: y\r\n\r\n"
+        b"POST /two HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello"
+    )
     with shared.connect() as client:
         client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(3):
@@ -2074,11 +2308,17 @@ def test_exchange_expect_100_continue(shared):
         assert client.answer().json["body"] == "hello"
 
 
-@pytest.mark.parametrize("raw", [
-    b"GET / HT", POST.replace("|", "\r\n").encode() + b"Content-Length: 5\r\n\r\nhel",
-    POST.replace("|", "\r\n").encode() + b"Content-Length: 100000\r\n\r\nhel",
-    CHUNKED.replace("|", "\r\n").encode() + b"5\r\nhel", CHUNKED.replace("|", "\r\n").encode() + b"5\r\nhello\r\n"],
-    ids=["head", "small body", "large body", "chunk", "chunks"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GET / HT",
+        POST.replace("|", "\r\n").encode() + b"Content-Length: 5\r\n\r\nhel",
+        POST.replace("|", "\r\n").encode() + b"Content-Length: 100000\r\n\r\nhel",
+        CHUNKED.replace("|", "\r\n").encode() + b"5\r\nhel",
+        CHUNKED.replace("|", "\r\n").encode() + b"5\r\nhello\r\n",
+    ],
+    ids=["head", "small body", "large body", "chunk", "chunks"],
+)
 def test_exchange_a_request_cut_short_is_not_answered_as_if_it_were_whole(shared, raw):
     since = len(shared.log())
     with shared.connect() as client:
@@ -2100,27 +2340,34 @@ def test_exchange_a_client_that_has_shut_down_its_sending_side_gets_its_answer(s
 def test_exchange_random_and_mutated_bytes(shared):
     """No hang, no traceback, no worker lost; what is answered with 200 is a request, and so is what follows it."""
     chance = random.Random(1)
-    corpus = [row[1].replace("|", "\r\n").encode("latin-1") for row in EXCHANGE if len(row[1]) < 1000]
+    corpus = [
+        row[1].replace("|", "\r\n").encode("latin-1") for row in EXCHANGE if len(row[1]) < 1000
+    ]
     workers, since = shared.workers(), len(shared.log())
     for _ in range(1500):
         raw = bytearray(chance.choice(corpus))
         for _ in range(chance.randrange(1, 4)):
             at = chance.randrange(len(raw))
-            raw[at:at + chance.randrange(3)] = bytes(chance.choice(b"\0\r\n\t :;,0aG/\x7f\xff") for _ in
-                                                     range(chance.randrange(3)))
+            raw[at : at + chance.randrange(3)] = bytes(
+                chance.choice(b"\0\r\n\t :;,0aG/\x7f\xff") for _ in range(chance.randrange(3))
+            )
         with shared.connect() as client:
             client.send(bytes(raw))
             client.socket.shutdown(socket.SHUT_WR)
             with contextlib.suppress(Cut):
                 while True:
                     client.more()
-            assert re.match(rb"HTTP/1\.1 \d\d\d [^\r\n]+\r\n|$", bytes(client.buffer)), (raw, client.buffer)
+            assert re.match(rb"HTTP/1\.1 \d\d\d [^\r\n]+\r\n|$", bytes(client.buffer)), (
+                raw,
+                client.buffer,
+            )
             assert b" 500 " not in client.buffer.partition(b"\r\n")[0], raw
     assert shared.workers() == workers and "Traceback" not in shared.log()[since:]
 
 
 # ==== the responses ==================================================================================================
 
+# fmt: off
 RESPONSES = [  # the path, the status, the body
     # what an application may do
     ("/list", 200, b"hello"),
@@ -2145,6 +2392,7 @@ RESPONSES = [  # the path, the status, the body
     ("/raiseatend", 200, b"all "),
     *((path, 200, "cut") for path in ("/short", "/file?999995,10", "/raisemidway", "/late")),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("path, status, body", RESPONSES, ids=[row[0] for row in RESPONSES])
@@ -2152,7 +2400,9 @@ RESPONSES = [  # the path, the status, the body
 def test_response(shared, method, version, path, status, body):
     """Each of them in 1.1, in 1.0 (where the end of the connection may be the end of the body), and for HEAD."""
     with shared.connect() as client:
-        client.send(f"{method} {path} HTTP/{version}\r\nHost: a\r\nConnection: keep-alive\r\n\r\n".encode())
+        client.send(
+            f"{method} {path} HTTP/{version}\r\nHost: a\r\nConnection: keep-alive\r\n\r\n".encode()
+        )
         try:
             answer = client.answer(method)
         except Cut:
@@ -2162,7 +2412,9 @@ def test_response(shared, method, version, path, status, body):
         assert not [name for name in answer.headers if "injected" in name]
         assert version == "1.1" or "transfer-encoding" not in answer.headers
         if body == "cut":
-            assert method == "HEAD" or version == "1.0" and "content-length" not in answer.headers, "nobody can tell"
+            assert (
+                method == "HEAD" or version == "1.0" and "content-length" not in answer.headers
+            ), "nobody can tell"
         elif method == "GET" and body is not None:
             assert answer.body == body
         if answer.closes or version == "1.0" and "connection" not in answer.headers:
@@ -2214,23 +2466,36 @@ def test_response_an_applications_traceback_is_logged_whole(shared):
 
 def test_response_the_environ_is_complete(shared):
     seen = shared.get("/a?b").json
-    assert seen["wsgi.url_scheme"] == "http" and seen["wsgi.multithread"] is seen["wsgi.multiprocess"] is True
-    assert seen["wsgi.run_once"] is False and seen["SCRIPT_NAME"] == "" and seen["SERVER_PORT"] == str(shared.port)
-    assert seen["REMOTE_ADDR"] == "127.0.0.1" and seen["REMOTE_PORT"].isdigit() and seen["SERVER_NAME"]
+    assert (
+        seen["wsgi.url_scheme"] == "http"
+        and seen["wsgi.multithread"] is seen["wsgi.multiprocess"] is True
+    )
+    assert (
+        seen["wsgi.run_once"] is False
+        and seen["SCRIPT_NAME"] == ""
+        and seen["SERVER_PORT"] == str(shared.port)
+    )
+    assert (
+        seen["REMOTE_ADDR"] == "127.0.0.1" and seen["REMOTE_PORT"].isdigit() and seen["SERVER_NAME"]
+    )
     assert seen["hupserve.generation"] == 1 and isinstance(seen["hupserve.worker"], int)
     assert not {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & set(seen)
 
 
 def test_response_requests_that_repeat_share_nothing(serve):
     """Heads are cached, both ways: but an environ is its request's, an address the client's, a Date the second's."""
-    server = serve("[app:main]\nwsgi = app:application\n")  # no factory, which would copy the environ
+    server = serve(
+        "[app:main]\nwsgi = app:application\n"
+    )  # no factory, which would copy the environ
     with server.connect() as one, server.connect() as other:
         first, second, third = one.get("/spoil?a"), one.get("/spoil?a"), other.get("/spoil?a")
         assert set(first.json) == set(second.json) == set(third.json) and len(first.json) > 20
         for client, answer in ((one, first), (one, second), (other, third)):
             assert answer.json["REMOTE_PORT"] == str(client.socket.getsockname()[1])
         assert one.get("/spoil?b").json["QUERY_STRING"] == "b"
-        until(lambda: one.get("/spoil?a").headers["date"] != first.headers["date"], "another second")
+        until(
+            lambda: one.get("/spoil?a").headers["date"] != first.headers["date"], "another second"
+        )
 
 
 @pytest.mark.parametrize("length", [5, 70000, 1000000])
@@ -2261,32 +2526,56 @@ def test_response_a_write_that_was_kept_writes_no_more(serve):
 
 def test_response_wsgiref_validate_has_nothing_to_say(serve):
     """The standard library's own judge of servers stands between hupserve and the application."""
-    server = serve("[pipeline:main]\npipeline = validate app\n[filter:validate]\npaste.filter_factory = app:validate\n"
-                   + Server.APP.replace("app:main", "app:app", 1))
+    server = serve(
+        "[pipeline:main]\npipeline = validate app\n[filter:validate]\npaste.filter_factory = app:validate\n"
+        + Server.APP.replace("app:main", "app:app", 1)
+    )
     (server.folder / "data").write_bytes(b"0123456789")
-    for path in ("/", "/list", "/stream", "/file?0,10", "/filelike", "/big?160000", "/a%20b?c=d", "/replaced"):
-        for head in (f"GET {path} HTTP/1.1\r\n", f"GET {path} HTTP/1.0\r\n", f"HEAD {path} HTTP/1.1\r\n",
-                     f"POST {path} HTTP/1.1\r\nContent-Length: 5\r\nContent-Type: text/plain\r\n",
-                     f"POST {path} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n", f"OPTIONS {path} HTTP/1.1\r\n"):
+    for path in (
+        "/",
+        "/list",
+        "/stream",
+        "/file?0,10",
+        "/filelike",
+        "/big?160000",
+        "/a%20b?c=d",
+        "/replaced",
+    ):
+        for head in (
+            f"GET {path} HTTP/1.1\r\n",
+            f"GET {path} HTTP/1.0\r\n",
+            f"HEAD {path} HTTP/1.1\r\n",
+            f"POST {path} HTTP/1.1\r\nContent-Length: 5\r\nContent-Type: text/plain\r\n",
+            f"POST {path} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n",
+            f"OPTIONS {path} HTTP/1.1\r\n",
+        ):
             with server.connect() as client:
-                body = "hello" if "Length" in head else "5\r\nhello\r\n0\r\n\r\n" if "chunked" in head else ""
+                body = (
+                    "hello"
+                    if "Length" in head
+                    else "5\r\nhello\r\n0\r\n\r\n"
+                    if "chunked" in head
+                    else ""
+                )
                 client.send(f"{head}Host: a\r\n\r\n{body}".encode())
-                assert client.answer(head.split()[0]).status == (503 if path == "/replaced" else 200)
+                assert client.answer(head.split()[0]).status == (
+                    503 if path == "/replaced" else 200
+                )
     assert not re.search("Assertion|Warning|ERROR", server.log())
 
 
 FRAMEWORKS = {
     "flask": "import flask\napp = flask.Flask(__name__)\n"
-             "@app.route('/<name>', methods=['POST'])\n"
-             "def hello(name):\n    return name + flask.request.form['greeting']\n",
+    "@app.route('/<name>', methods=['POST'])\n"
+    "def hello(name):\n    return name + flask.request.form['greeting']\n",
     "bottle": "import bottle\napp = bottle.Bottle()\n"
-              "@app.post('/<name>')\n"
-              "def hello(name):\n    return name + bottle.request.forms['greeting']\n",
+    "@app.post('/<name>')\n"
+    "def hello(name):\n    return name + bottle.request.forms['greeting']\n",
     "django": "import django.conf, django.http, django.urls, django.core.wsgi\n"
-              "def hello(request, name):\n    return django.http.HttpResponse(name + request.POST['greeting'])\n"
-              "urlpatterns = [django.urls.path('<name>', hello)]\n"
-              "django.conf.settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=['*'], SECRET_KEY='x')\n"
-              "app = django.core.wsgi.get_wsgi_application()\n",
+    "def hello(request, name):\n    return django.http.HttpResponse(name + request.POST['greeting'])\n"
+    "urlpatterns = [django.urls.path('<name>', hello)]\n"
+    "django.conf.settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=['*'], SECRET_KEY='x')\n"
+    "app = django.core.wsgi.get_wsgi_application()\n",
 }
 
 
@@ -2304,13 +2593,16 @@ def test_response_frameworks_run_unchanged(serve, framework):
 
 # ==== the slow =======================================================================================================
 
+
 def test_slow_heads_and_first_requests_end_at_header_timeout(serve):
     server = serve(header_timeout=1)
     with server.connect() as silent, server.connect() as half, server.connect() as dribbles:
         half.send(b"GET / HTTP/1.1\r\nHost: test\r\n")
         answer = half.answer()
         assert answer.status == 408 and answer.closes and half.ended()
-        with contextlib.suppress(ConnectionError, AssertionError):  # 408 or nothing, but an end, and no later answer
+        with contextlib.suppress(
+            ConnectionError, AssertionError
+        ):  # 408 or nothing, but an end, and no later answer
             for byte in b"GET / HTTP/1.1\r\nHost: test\r\nX: " + b"x" * 200:
                 dribbles.send(bytes([byte]))
                 time.sleep(0.1)
@@ -2330,7 +2622,9 @@ def test_slow_clients_idle_connections_end_at_keepalive_timeout(serve):
         assert client.get().closes and client.ended()
 
 
-@pytest.mark.parametrize("head", ["Content-Length: 1000", "Content-Length: 100000", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize(
+    "head", ["Content-Length: 1000", "Content-Length: 100000", "Transfer-Encoding: chunked"]
+)
 def test_slow_bodies_end_at_io_timeout(serve, head):
     server = serve(workers=1, threads=1, io_timeout=1)
     with server.connect() as client:
@@ -2389,7 +2683,9 @@ def test_slow_readers_of_next_to_nothing_end_at_io_timeout(serve):
 
 
 def test_slow_the_longest_idle_connection_makes_room(serve):
-    server = serve(workers=1, threads=1, connections=5)  # of two threads the second may be back before the first
+    server = serve(
+        workers=1, threads=1, connections=5
+    )  # of two threads the second may be back before the first
     clients = [server.connect() for _ in range(5)]
     for client in clients:
         client.get()
@@ -2437,7 +2733,9 @@ def test_slow_newcomers_go_to_the_worker_with_the_fewest_connections(serve):
             os.kill(late, signal.SIGCONT)
             return collections.Counter(client.get().json["pid"] for client in clients).values()
 
-    assert any(max(shares()) <= 40 for _ in range(20))  # of twenty bursts: the machine may be busy with other things
+    assert any(
+        max(shares()) <= 40 for _ in range(20)
+    )  # of twenty bursts: the machine may be busy with other things
 
 
 def test_slow_newcomers_are_not_starved_by_kept_connections(serve):
@@ -2452,16 +2750,22 @@ def test_slow_newcomers_are_not_starved_by_kept_connections(serve):
 
 # ==== the operator ===================================================================================================
 
+
 @pytest.fixture
 def certificates(folder):
     """Two self-signed certificates for localhost, as (certfile, keyfile)."""
     if not shutil.which("openssl"):
         pytest.skip("no openssl command")
     for name in ("one", "two"):
-        command = ("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost "
-                   f"-addext subjectAltName=DNS:localhost -keyout {name}.key -out {name}.pem")
+        command = (
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost "
+            f"-addext subjectAltName=DNS:localhost -keyout {name}.key -out {name}.pem"
+        )
         subprocess.run(command.split(), cwd=folder, check=True, stderr=subprocess.DEVNULL)
-    return [{"certfile": folder / f"{name}.pem", "keyfile": folder / f"{name}.key"} for name in ("one", "two")]
+    return [
+        {"certfile": folder / f"{name}.pem", "keyfile": folder / f"{name}.key"}
+        for name in ("one", "two")
+    ]
 
 
 def trusting(pair):
@@ -2479,13 +2783,20 @@ def test_operator_tls_and_its_renewal(serve, certificates):
     with server.connect(tls=trusting(one)) as client:
         assert client.socket.selected_alpn_protocol() == "http/1.1"
         assert client.get().json["wsgi.url_scheme"] == "https"
-        for size in (1000, 300000):  # more than one record, of which the server's selector may see nothing
+        for size in (
+            1000,
+            300000,
+        ):  # more than one record, of which the server's selector may see nothing
             assert client.post("/", b"x" * size).json["body"] == "x" * size
         client.request("GET", "/one")
         client.request("GET", "/two")
         assert [client.answer().json["PATH_INFO"] for _ in range(2)] == ["/one", "/two"]
         assert client.get("/big?8000000").body == b"0123456789abcdef" * 500000
-        server.reload("reload refused: .*(?:keyfile|certfile).*", certfile=one["certfile"], keyfile=two["keyfile"])
+        server.reload(
+            "reload refused: .*(?:keyfile|certfile).*",
+            certfile=one["certfile"],
+            keyfile=two["keyfile"],
+        )
         client.request("GET", "/hold?held")
         until((server.folder / "held.began").exists)
         server.reload(**two)
@@ -2528,7 +2839,9 @@ def test_operator_unix_sockets(serve, folder):
     assert server.get(address=path).json["PATH_INFO"] == "/"
     inode = path.stat().st_ino
     server.reload(listen=f"unix:{path} unix:{other}")
-    assert path.stat().st_ino == inode and server.get(address=other).json["hupserve.generation"] == 2
+    assert (
+        path.stat().st_ino == inode and server.get(address=other).json["hupserve.generation"] == 2
+    )
     stop = run(server.ini, cwd=folder)
     assert stop.returncode == 1 and str(path) in stop.stderr and len(stop.stderr.splitlines()) == 1
     assert server.get(address=path).status == 200, "the refused one has not taken it away"
@@ -2578,18 +2891,28 @@ os.execv(sys.argv[2], sys.argv[2:])
 def test_operator_socket_activation(serve, folder):
     """LISTEN_FDS: the sockets are another's. The program itself is replaced, and no client is refused."""
     with contextlib.ExitStack() as stack:
-        tcp, unix = stack.enter_context(socket.socket()), stack.enter_context(socket.socket(socket.AF_UNIX))
+        tcp, unix = (
+            stack.enter_context(socket.socket()),
+            stack.enter_context(socket.socket(socket.AF_UNIX)),
+        )
         tcp.bind(("127.0.0.1", 0))
         unix.bind(str(folder / "socket"))
         numbers = []
         for held in (tcp, unix):
             held.listen()
-            numbers.append(fcntl.fcntl(held.fileno(), fcntl.F_DUPFD, 50))  # out of the way of 3 and 4
+            numbers.append(
+                fcntl.fcntl(held.fileno(), fcntl.F_DUPFD, 50)
+            )  # out of the way of 3 and 4
             stack.callback(os.close, numbers[-1])
-        server = serve(listen=f"127.0.0.1:{tcp.getsockname()[1]} unix:{folder / 'socket'}", popen={"pass_fds": numbers},
-                       prefix=[PYTHON, "-c", HAND_OVER, ",".join(map(str, numbers))])
+        server = serve(
+            listen=f"127.0.0.1:{tcp.getsockname()[1]} unix:{folder / 'socket'}",
+            popen={"pass_fds": numbers},
+            prefix=[PYTHON, "-c", HAND_OVER, ",".join(map(str, numbers))],
+        )
         assert not [key for key in server.get("/environment").json if key.startswith("LISTEN_")]
-        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), "an answer in two pieces would take 40 ms"
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), (
+            "an answer in two pieces would take 40 ms"
+        )
         with Load(server, keep=0, closing=4) as load:
             load.more()
             server.reload()
@@ -2615,7 +2938,9 @@ def test_operator_sd_notify(serve, folder, abstract):
         def next_message(*expected):
             """The next one that is more than a STATUS."""
             while True:
-                message = dict(line.split("=", 1) for line in notify.recv(4096).decode().splitlines())
+                message = dict(
+                    line.split("=", 1) for line in notify.recv(4096).decode().splitlines()
+                )
                 if set(message) != {"STATUS"}:
                     assert set(expected) <= set(message), message
                     return message
@@ -2632,7 +2957,9 @@ def test_operator_sd_notify(serve, folder, abstract):
             assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
             assert next_message("READY", "STATUS")["READY"] == "1"
         server.tracebacks = True
-        server.write_app("raise RuntimeError('\\udcff')\n")  # as os.fsdecode() makes of a file's name
+        server.write_app(
+            "raise RuntimeError('\\udcff')\n"
+        )  # as os.fsdecode() makes of a file's name
         server.signal()
         next_message("RELOADING")
         assert "\\udcff" in next_message("READY")["STATUS"]
@@ -2662,12 +2989,18 @@ def test_operator_pidfile(serve, folder):
     assert pidfile.read_text().strip() == str(server.pid)
     (folder / "second.ini").write_text(GOOD.replace(KEY, f"pidfile = {pidfile}"))
     stop = run(folder / "second.ini", cwd=folder)
-    assert stop.returncode in (1, 2) and str(pidfile) in stop.stderr and len(stop.stderr.splitlines()) == 1
+    assert (
+        stop.returncode in (1, 2)
+        and str(pidfile) in stop.stderr
+        and len(stop.stderr.splitlines()) == 1
+    )
     assert pidfile.read_text().strip() == str(server.pid)
     path = folder / "socket"
     server.reload(pidfile=moved, listen=f"127.0.0.1:0 unix:{path}")
     until(lambda: moved.exists() and not pidfile.exists())
-    (folder / "second.ini").write_text(GOOD.replace(KEY, f"listen = unix:{path}\npidfile = {moved}"))
+    (folder / "second.ini").write_text(
+        GOOD.replace(KEY, f"listen = unix:{path}\npidfile = {moved}")
+    )
     assert run(folder / "second.ini", cwd=folder).returncode in (1, 2)
     assert server.get(address=path).status == 200, "the refused one has touched nobody's socket"
     assert moved.read_text().strip() == str(server.pid)
@@ -2676,8 +3009,10 @@ def test_operator_pidfile(serve, folder):
     assert not moved.exists()
 
 
-COMBINED = re.compile(r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
-                      r'"((?:[^"\\]|\\.)*)" (\d{3}) (\d+|-) "((?:[^"\\]|\\.)*)" "((?:[^"\\]|\\.)*)" (\d+\.\d+)')
+COMBINED = re.compile(
+    r"127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "
+    r'"((?:[^"\\]|\\.)*)" (\d{3}) (\d+|-) "((?:[^"\\]|\\.)*)" "((?:[^"\\]|\\.)*)" (\d+\.\d+)'
+)
 
 
 @beyond_core
@@ -2691,7 +3026,9 @@ def test_operator_access_log(serve):
     lines = sorted(server.log("access.log").splitlines(), key=lambda line: "nonsense" in line)
     assert len(lines) == 2 and lines[0].isascii()
     request, status, size, referer, agent, seconds = COMBINED.fullmatch(lines[0]).groups()
-    assert (request, status, referer) == ("GET /a?b HTTP/1.1", "200", "http://r/") and int(size) > 100 > float(seconds)
+    assert (request, status, referer) == ("GET /a?b HTTP/1.1", "200", "http://r/") and int(
+        size
+    ) > 100 > float(seconds)
     assert "quoted" in agent and '"quoted"' not in agent.replace('\\"', "")
     assert COMBINED.fullmatch(lines[1])[2] == "400"
 
@@ -2710,7 +3047,12 @@ def test_operator_log_files_follow_rotation(serve, folder):
             until((folder / "access.log").exists)
         load.more()
     assert load.lost == []
-    until(lambda: sum(path.read_text().count("\n") for path in folder.glob("access.log*")) == len(load.answered))
+    until(
+        lambda: (
+            sum(path.read_text().count("\n") for path in folder.glob("access.log*"))
+            == len(load.answered)
+        )
+    )
     os.kill(min(server.workers()), SIGKILL)
     server.wait_log("replaced", file="error.log")
 
@@ -2719,7 +3061,9 @@ def serve_in_a_terminal(serve, **keywords):
     """The server, with a new pseudo terminal for 0, 1 and 2; and what closes the window."""
     window, line = pty.openpty()
     try:
-        server = serve(port=free_port(), popen={"stdin": line, "stdout": line, "stderr": line}, **keywords)
+        server = serve(
+            port=free_port(), popen={"stdin": line, "stdout": line, "stderr": line}, **keywords
+        )
     except BaseException:
         os.close(window)
         raise
@@ -2759,7 +3103,12 @@ def test_operator_status_while_a_slow_request_drains(serve):
     server = serve(Server.STATUS)
     held = server.hold("secret")
     server.reload()
-    until(lambda: [worker["state"] for worker in server.status() if worker["generation"] == 1] == ["draining"])
+    until(
+        lambda: (
+            [worker["state"] for worker in server.status() if worker["generation"] == 1]
+            == ["draining"]
+        )
+    )
     workers = server.status()
     [old] = [worker for worker in workers if worker["generation"] == 1]
     assert old["pid"] == held.worker and old["in_flight"] == 1
@@ -2835,7 +3184,10 @@ def test_operator_pastedeploy(folder):
     server = Server(folder, code=APPLICATION + BY_PATH)
     server.write = lambda: server.ini.write_text(COMPOSITE)
     with server:
-        assert server.get("/first").json["greeting"] == "one" and server.get("/second").json["greeting"] == "two"
+        assert (
+            server.get("/first").json["greeting"] == "one"
+            and server.get("/second").json["greeting"] == "two"
+        )
         assert "colour" in server.log()
         server.ini.write_text(COMPOSITE.replace("greeting = two", "greeting = three"))
         server.reload()
@@ -2845,18 +3197,33 @@ def test_operator_pastedeploy(folder):
 
 @beyond_core
 def test_operator_without_pastedeploy_is_one_clear_line(folder):
-    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['paste'] = sys.modules['paste.deploy'] = None\n")
+    (folder / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['paste'] = sys.modules['paste.deploy'] = None\n"
+    )
     (folder / "app.py").write_text(APPLICATION + BY_PATH)
     (folder / "paste.ini").write_text(COMPOSITE)
     for arguments in ([], ["--check"]):
-        stop = run(*arguments, folder / "paste.ini", cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)})
+        stop = run(
+            *arguments,
+            folder / "paste.ini",
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+        )
         lines = [line for line in stop.stderr.splitlines() if "colour" not in line]
         assert stop.returncode in (1, 2) and len(lines) == 1 and "PasteDeploy" in lines[0], stop
 
 
 @beyond_core
-@pytest.mark.parametrize("what", ["log_file = /dev/full", "access_log = /dev/full", "closed stderr",
-                                  "closed 0, 1 and 2", "a pipe that nobody reads"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "log_file = /dev/full",
+        "access_log = /dev/full",
+        "closed stderr",
+        "closed 0, 1 and 2",
+        "a pipe that nobody reads",
+    ],
+)
 def test_operator_a_log_that_cannot_be_written_stops_nobody(serve, what):
     if "full" in what:
         server = serve(**dict([what.split(" = ")]))
@@ -2867,7 +3234,9 @@ def test_operator_a_log_that_cannot_be_written_stops_nobody(serve, what):
         os.close(write)
     else:
         close = "2>&-" if what == "closed stderr" else "<&- >&- 2>&-"
-        server = serve(port=free_port(), access_log="-", prefix=["sh", "-c", f'exec "$@" {close}', "sh"])
+        server = serve(
+            port=free_port(), access_log="-", prefix=["sh", "-c", f'exec "$@" {close}', "sh"]
+        )
     with Load(server) as load:
         load.more()
         assert server.get("/log?text").body == b"logged" and server.get("/raise").status == 500
@@ -2888,7 +3257,9 @@ def test_operator_an_ini_that_cannot_be_read_is_a_refused_reload(serve, what):
     if what == "a folder":
         server.ini.mkdir()
     elif what != "deleted":
-        server.ini.write_text({"unreadable": whole, "half written": whole[:whole.index("kers =")], "empty": ""}[what])
+        server.ini.write_text(
+            {"unreadable": whole, "half written": whole[: whole.index("kers =")], "empty": ""}[what]
+        )
     if what == "unreadable":
         server.ini.chmod(0)
         if os.access(server.ini, os.R_OK):
@@ -2922,7 +3293,8 @@ def test_operator_a_clock_that_jumps_changes_nothing(serve, folder):
     (folder / "sitecustomize.py").write_text(
         "import os, time\nreal = time.time\n"
         "def jumping():\n    return real() + 86400 * (os.path.exists('later') - os.path.exists('earlier'))\n"
-        "time.time = jumping\n")
+        "time.time = jumping\n"
+    )
     server = serve(env={"PYTHONPATH": str(folder)})
     with server.connect() as client, Load(server) as load:
         client.get()
@@ -2942,7 +3314,9 @@ def test_operator_idle_it_uses_no_processor_time(serve):
     server = serve()
     with server.connect() as client:
         client.get()
-        used = {process.pid: process.cpu for process in processes() if process.session == server.pid}
+        used = {
+            process.pid: process.cpu for process in processes() if process.session == server.pid
+        }
         time.sleep(3)
         now = {process.pid: process.cpu for process in processes() if process.session == server.pid}
         assert sum(now.values()) - sum(used.values()) <= 0.03
@@ -2960,7 +3334,9 @@ def test_operator_process_1_of_a_container(serve):
     with Load(server) as load:
         for _ in range(10):
             assert server.get("/orphan").body == b"orphaned"
-        until(lambda: len(server.workers()) == 2 and not server.zombies(), "the orphans to be reaped")
+        until(
+            lambda: len(server.workers()) == 2 and not server.zombies(), "the orphans to be reaped"
+        )
         server.reload()
         load.more()
         os.kill(min(server.workers()), SIGKILL)
@@ -2984,14 +3360,14 @@ Memory: PSS of all the server's processes, after the load."""
 BENCH_SERVERS = {  # each at its best: keep-alive, and room for all connections
     "hupserve": "HUPSERVE bench.ini",
     "gunicorn": "-m gunicorn --bind 127.0.0.1:PORT --worker-class gthread --workers 2 --threads 16 --keep-alive 75"
-                " --worker-connections 2000 --log-level warning benchapp:app",
+    " --worker-connections 2000 --log-level warning benchapp:app",
     "waitress": "-m waitress --host 127.0.0.1 --port PORT --threads 16 --connection-limit 2000 --backlog 2048"
-                " benchapp:app",
+    " benchapp:app",
     "cheroot": "cherootrun.py",
     "uWSGI": "--master --processes 2 --threads 16 --lazy-apps --die-on-term --disable-logging --listen 1024"
-             " --wsgi benchapp:app ",
+    " --wsgi benchapp:app ",
     "granian": "-m granian --interface wsgi --http 1 --host 127.0.0.1 --port PORT --workers 2 --blocking-threads 16"
-               " --backlog 2048 --respawn-interval 0.5 --log-level warning benchapp:app",
+    " --backlog 2048 --respawn-interval 0.5 --log-level warning benchapp:app",
 }
 BENCH_UWSGI = {
     "closed": "--http-socket 127.0.0.1:PORT --add-header Connection:close",
@@ -3003,14 +3379,23 @@ BENCH_RELOADS = 10
 BENCH_SIZE = 8 * 1024 * 1024
 
 Scenario = collections.namedtuple(
-    "Scenario", "text connections path answer sends close", defaults=["/", b"Hello, world!", 0, False])
+    "Scenario",
+    "text connections path answer sends close",
+    defaults=["/", b"Hello, world!", 0, False],
+)
 BENCH_SCENARIOS = {
     "keepalive": Scenario("32 kept-alive connections", 32),
     "closed": Scenario("32 connections of one request each", 32, close=True),
     "many": Scenario("256 kept-alive connections", 256),
-    "download": Scenario("8 MB from a file (wsgi.file_wrapper), 8 connections", 8, "/download", b"x" * BENCH_SIZE),
-    "upload": Scenario("8 MB of request body, 8 connections", 8, "/upload", b"%d" % BENCH_SIZE, sends=BENCH_SIZE),
-    "reload": Scenario(f"SIGHUP to the first new answer, and 16 clients during {BENCH_RELOADS} reloads", 16),
+    "download": Scenario(
+        "8 MB from a file (wsgi.file_wrapper), 8 connections", 8, "/download", b"x" * BENCH_SIZE
+    ),
+    "upload": Scenario(
+        "8 MB of request body, 8 connections", 8, "/upload", b"%d" % BENCH_SIZE, sends=BENCH_SIZE
+    ),
+    "reload": Scenario(
+        f"SIGHUP to the first new answer, and 16 clients during {BENCH_RELOADS} reloads", 16
+    ),
 }
 
 BENCH_FILES = {
@@ -3078,10 +3463,19 @@ def bench_server(name, scenario, folder):
     if name == "uWSGI":
         program = os.path.join(os.path.dirname(sys.executable), "uwsgi")
         command += BENCH_UWSGI.get(scenario, BENCH_UWSGI["otherwise"])
-    command = [word.replace("PORT", str(port)).replace("HUPSERVE", str(HUPSERVE)) for word in command.split()]
+    command = [
+        word.replace("PORT", str(port)).replace("HUPSERVE", str(HUPSERVE))
+        for word in command.split()
+    ]
     with open(folder / "log", "w+") as log:
-        process = subprocess.Popen([program, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            [program, *command],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
             bench_first_answer(process, port, "/", b"Hello, world!")
             time.sleep(0.5)  # for the second worker
@@ -3156,7 +3550,9 @@ def bench_clients(port, request, connections, seconds, pause=0.0, stop=""):
         while time.perf_counter() < end and not (stop and os.path.exists(stop)):
             began = time.perf_counter()
             try:
-                if sock and select.select([sock], [], [], 0)[0]:  # closed while idle, as a server may
+                if (
+                    sock and select.select([sock], [], [], 0)[0]
+                ):  # closed while idle, as a server may
                     sock = sock.close()
                 sock = sock or socket.create_connection(("127.0.0.1", port), 10)
                 if not bench_exchange(sock, request)[1]:
@@ -3175,22 +3571,37 @@ def bench_clients(port, request, connections, seconds, pause=0.0, stop=""):
     if not latencies:
         raise errors[0]
     latencies.sort()
-    figures = {"p50 ms": latencies[len(latencies) // 2], "p99 ms": latencies[len(latencies) * 99 // 100],
-               "max ms": latencies[-1]}
+    figures = {
+        "p50 ms": latencies[len(latencies) // 2],
+        "p99 ms": latencies[len(latencies) * 99 // 100],
+        "max ms": latencies[-1],
+    }
     return figures, len(latencies), len(errors)
 
 
 def bench_load(port, scenario, seconds, folder):
     """Requests per second and their latency, by wrk if there is one."""
     if shutil.which("wrk"):
-        command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--latency", "-s", folder / "wrk.lua"]
-        command += ["-H", "Connection: close"] * scenario.close + [f"http://127.0.0.1:{port}{scenario.path}"]
+        command = [
+            "wrk",
+            "-t1",
+            f"-c{scenario.connections}",
+            f"-d{seconds}s",
+            "--latency",
+            "-s",
+            folder / "wrk.lua",
+        ]
+        command += ["-H", "Connection: close"] * scenario.close + [
+            f"http://127.0.0.1:{port}{scenario.path}"
+        ]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         figures = map(float, output.partition("DONE")[2].split())
         return dict(zip(["requests/s", "p50 ms", "p99 ms", "max ms", "errors"], figures))
     request = bench_request(scenario.path, scenario.sends, scenario.close)
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        figures, answers, errors = pool.submit(bench_clients, port, request, scenario.connections, seconds).result()
+        figures, answers, errors = pool.submit(
+            bench_clients, port, request, scenario.connections, seconds
+        ).result()
     return {"requests/s": answers / seconds, **figures, "errors": errors}
 
 
@@ -3199,10 +3610,14 @@ def bench_reload(process, port, scenario, folder):
     stop, times = folder / "stop", []
     stop.unlink(missing_ok=True)
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        clients = pool.submit(bench_clients, port, bench_request("/"), scenario.connections, 600, 0.01, str(stop))
+        clients = pool.submit(
+            bench_clients, port, bench_request("/"), scenario.connections, 600, 0.01, str(stop)
+        )
         try:
             for generation in range(1, BENCH_RELOADS + 1):
-                time.sleep(1.5)  # until the reload before is complete: granian takes 0.5 s for each worker
+                time.sleep(
+                    1.5
+                )  # until the reload before is complete: granian takes 0.5 s for each worker
                 (folder / "generation").write_text(str(generation))
                 process.send_signal(signal.SIGHUP)
                 times.append(bench_first_answer(process, port, "/generation", b"%d" % generation))
@@ -3210,7 +3625,12 @@ def bench_reload(process, port, scenario, folder):
         finally:
             stop.touch()
         figures, answers, errors = clients.result()
-    return {"reload ms": statistics.median(times), **figures, "requests": answers + errors, "lost": errors}
+    return {
+        "reload ms": statistics.median(times),
+        **figures,
+        "requests": answers + errors,
+        "lost": errors,
+    }
 
 
 def bench_memory(session):
@@ -3241,8 +3661,12 @@ def bench_row(name, scenario, seconds, folder):
 def bench_table(results):
     """Print one scenario from its results: for each server the rows of all rounds."""
     combine = {"max ms": max, "errors": sum, "requests": sum, "lost": sum}
-    columns = list(dict.fromkeys(column for rows in results.values() for row in rows if row for column in row)) or [""]
-    if not any(row["errors"] for rows in results.values() for row in rows if row and "errors" in row):
+    columns = list(
+        dict.fromkeys(column for rows in results.values() for row in rows if row for column in row)
+    ) or [""]
+    if not any(
+        row["errors"] for rows in results.values() for row in rows if row and "errors" in row
+    ):
         columns = [column for column in columns if column != "errors"]
     print(" " * 9, *(f"{column:>11}" for column in columns), f"{'hupserve is':>11}")
     for name, rows in results.items():
@@ -3250,20 +3674,39 @@ def bench_table(results):
         for column in columns:
             values = [row[column] for row in rows if row and column in row]
             value = combine.get(column, statistics.median)(values) if values else None
-            text = "failed" if value is None else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 2}f}"
+            text = (
+                "failed"
+                if value is None
+                else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 2}f}"
+            )
             print(f" {text:>11}", end="")
-        ratios = [ours[columns[0]] / theirs[columns[0]]
-                  for ours, theirs in zip(results.get("hupserve", []), rows) if ours and theirs]
-        ratio = statistics.median(ratios) ** (-1 if columns[0] == "reload ms" else 1) if ratios else None
+        ratios = [
+            ours[columns[0]] / theirs[columns[0]]
+            for ours, theirs in zip(results.get("hupserve", []), rows)
+            if ours and theirs
+        ]
+        ratio = (
+            statistics.median(ratios) ** (-1 if columns[0] == "reload ms" else 1)
+            if ratios
+            else None
+        )
         print(f" {ratio:9.2f} x" if ratio and name != "hupserve" else "")
 
 
 def bench(argv):
-    parser = argparse.ArgumentParser(prog="hupserve_test.py bench", description="Measure hupserve and its peers.")
-    parser.add_argument("peers", nargs="*", help=f"of {', '.join(BENCH_SERVERS)}; default: all there are")
+    parser = argparse.ArgumentParser(
+        prog="hupserve_test.py bench", description="Measure hupserve and its peers."
+    )
+    parser.add_argument(
+        "peers", nargs="*", help=f"of {', '.join(BENCH_SERVERS)}; default: all there are"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=5, help="of load for each figure (default: 5)")
-    parser.add_argument("--only", default=",".join(BENCH_SCENARIOS), metavar="NAME,...", help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=int, default=5, help="of load for each figure (default: 5)"
+    )
+    parser.add_argument(
+        "--only", default=",".join(BENCH_SCENARIOS), metavar="NAME,...", help="default: %(default)s"
+    )
     options = parser.parse_args(argv)
     scenarios = options.only.split(",")
     if unknown := {*scenarios, *options.peers} - {*BENCH_SCENARIOS, *BENCH_SERVERS}:
@@ -3276,16 +3719,22 @@ def bench(argv):
     missing = {*(options.peers or BENCH_SERVERS)} - {*versions}
     load = "our own client, which may be the limit (there is no wrk)"
     if shutil.which("wrk"):  # its -v exits 1
-        load = subprocess.run(["wrk", "-v"], stdout=subprocess.PIPE, text=True, check=False).stdout.partition("[")[0]
-    print(f"load by {load.strip()};",
-          f"{os.cpu_count()} cores; Python {platform.python_version()};",
-          ", ".join(f"{name} {version}" for name, version in versions.items())
-          + f" (not installed: {', '.join(missing)})" * bool(missing))
+        load = subprocess.run(
+            ["wrk", "-v"], stdout=subprocess.PIPE, text=True, check=False
+        ).stdout.partition("[")[0]
+    print(
+        f"load by {load.strip()};",
+        f"{os.cpu_count()} cores; Python {platform.python_version()};",
+        ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f" (not installed: {', '.join(missing)})" * bool(missing),
+    )
     print(BENCH_NOTE)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end then too
-    results = {scenario: {name: [] for name in versions if scenario != "reload" or name in BENCH_SIGHUP}
-               for scenario in scenarios}
+    results = {
+        scenario: {name: [] for name in versions if scenario != "reload" or name in BENCH_SIGHUP}
+        for scenario in scenarios
+    }
     with tempfile.TemporaryDirectory(prefix="hupserve-bench-") as folder:
         folder = pathlib.Path(folder)
         (folder / "download").write_bytes(b"x" * BENCH_SIZE)
@@ -3301,7 +3750,6 @@ def bench(argv):
     for scenario in scenarios:
         print(f"\n{scenario}: {BENCH_SCENARIOS[scenario].text}")
         bench_table(results[scenario])
-
 
 
 if __name__ == "__main__":
