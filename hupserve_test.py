@@ -2072,6 +2072,7 @@ def test_signal_HUP_to_the_whole_group_loses_nothing(serve, code):
 OPEN, CLOSED = "open", "closed"
 HOST = "HTTP/1.1|Host: a|"
 POST = "POST / " + HOST
+UNREAD = "POST /unread " + HOST
 CHUNKED = POST + "Transfer-Encoding: chunked||"
 
 # fmt: off
@@ -2169,7 +2170,9 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("a body", f"{POST}Content-Length: 5||hello", 200, OPEN, {"body": "hello", "CONTENT_LENGTH": "5"}),
     ("a body of none", f"{POST}Content-Length: 0||", 200, OPEN, {"body": ""}),
     ("a body to GET", f"GET / {HOST}Content-Length: 5||hello", 200, OPEN, {"body": "hello"}),
-    ("a body nobody reads is skipped", f"POST /unread {HOST}Content-Length: 5||hello", 200, OPEN),
+    ("an unread body is skipped", f"{UNREAD}Content-Length: 5||hello", 200, OPEN),
+    ("an unread body of 64 KiB, too", f"{UNREAD}Content-Length: 65536||{'x' * 65536}", 200, OPEN),
+    ("a longer one closes the connection", f"{UNREAD}Content-Length: 65537||{'x' * 65537}", 200, CLOSED),
     ("both lengths", f"{POST}Content-Length: 5|Transfer-Encoding: chunked||0||", 400, CLOSED),
     ("both, the other way round", f"{POST}Transfer-Encoding: chunked|Content-Length: 5||0||", 400, CLOSED),
     ("two lengths that differ", f"{POST}Content-Length: 5|Content-Length: 6||hello", 400, CLOSED),
@@ -2197,8 +2200,8 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("hexadecimal, either case", f"{CHUNKED}a|0123456789|00A|0123456789|0||", 200, OPEN, {"body": "0123456789" * 2}),
     ("chunk extensions", f'{CHUNKED}5;a=b;c="d e"|hello|0;x||', 200, OPEN, {"body": "hello"}),
     ("trailers are discarded", f"{CHUNKED}5|hello|0|X-T: x|X-U: y||", 200, OPEN, {"body": "hello", "HTTP_X_T": None}),
-    ("chunks nobody reads are skipped", f"POST /unread {HOST}Transfer-Encoding: chunked||5|hello|0||", 200, OPEN),
-    ("bad chunks nobody reads", f"POST /unread {HOST}Transfer-Encoding: chunked||x|hello|0||", {200, 400}, CLOSED),
+    ("unread chunks close the connection", f"{UNREAD}Transfer-Encoding: chunked||5|hello|0||", 200, CLOSED),
+    ("unread bad chunks", f"{UNREAD}Transfer-Encoding: chunked||x|hello|0||", {200, 400}, CLOSED),
     *((f"a chunk size of {ascii(size)[1:-1]:.20}", f"{CHUNKED}{size}|hello|0||", 400, CLOSED)
       for size in ("+5", "-5", "0x5", "5_0", " 5", "5 ", "5\t", "g", "", ";a", "0" * 16 + "5", "5\x00", "\xb2")),
     ("a chunk longer than its size", f"{CHUNKED}4|hello|0||", 400, CLOSED),
@@ -3073,13 +3076,19 @@ def serve_in_a_terminal(serve, **keywords):
 
 
 @beyond_core
-def test_operator_a_closed_terminal_stops_it(serve):
+def test_operator_a_closed_terminal_is_a_reload(serve):
+    """Closing the window sends a HUP, and a HUP is always a reload: the server serves on."""
     server, close_window = serve_in_a_terminal(serve, terminal=True)
     held = server.hold("held")
-    close_window()
-    until(lambda: told(held.worker))
-    server.release("held")
-    assert held.answer().closes and server.process.wait(DEADLINE) == 0
+    with Load(server) as load:
+        load.more()
+        close_window()
+        until(lambda: load.more(10)[-1] >= 2, "the new generation to answer")
+        server.release("held")
+        assert held.answer().closes
+        load.more()
+    assert load.lost == []
+    assert server.process.poll() is None
 
 
 @beyond_core
