@@ -3985,53 +3985,85 @@ def test_operator_process_1_of_a_container(serve):
     server.stop()
 
 
-# ==== the benchmark ==================================================================================================
+# ==== the benchmark ===============================================================================
 #
-# `python hupserve_test.py bench` measures hupserve against whichever of its peers this interpreter has. A round takes
-# every server through every scenario, freshly started and checked for right answers first; the rounds alternate.
+# `python hupserve_test.py bench` measures hupserve and all of its peers that this interpreter has.
+# A round takes every server through every scenario. Each time the server is freshly started, and
+# its answers are checked before they are counted. The rounds alternate.
 
 BENCH_NOTE = """\
-2 workers with 16 threads each, keep-alive on. But waitress has no workers: it is one process; cheroot is two on one
-port (SO_REUSEPORT). uWSGI serves by --http11-socket, except: closed by --http-socket; many by its http router (with a
-thread per connection 224 of the 256 would wait for ever). Figures are the median of the rounds (max: their maximum;
-errors, lost, requests: their sum), "hupserve is" the median of their ratios: 2.00 x is twice as fast as that peer.
-Memory: PSS of all the server's processes, after the load."""
+There are 2 workers with 16 threads each, and keep-alive is on. But waitress has no workers, it is
+one process; cheroot is two processes on one port (SO_REUSEPORT). uWSGI serves by --http11-socket,
+but `closed` by --http-socket, and `many` by its http router (with a thread per connection 224 of
+the 256 would wait for ever). A figure is the median of the rounds; `max` is their maximum, and
+`errors`, `lost` and `requests` are their sum. `hupserve is` is the median of the rounds' ratios:
+2.00 x is twice as fast as that peer. Memory is the PSS of all the server's processes after the
+load."""
 
-BENCH_SERVERS = {  # each at its best: keep-alive, and room for all connections
+# Each server is at its best, with keep-alive and with room for all connections.
+BENCH_SERVERS = {
     "hupserve": "HUPSERVE bench.ini",
-    "gunicorn": "-m gunicorn --bind 127.0.0.1:PORT --worker-class gthread --workers 2 --threads 16 --keep-alive 75"
-    " --worker-connections 2000 --log-level warning benchapp:app",
-    "waitress": "-m waitress --host 127.0.0.1 --port PORT --threads 16 --connection-limit 2000 --backlog 2048"
-    " benchapp:app",
+    "gunicorn": (
+        "-m gunicorn --bind 127.0.0.1:PORT --worker-class gthread --workers 2 --threads 16"
+        " --keep-alive 75 --worker-connections 2000 --log-level warning benchapp:app"
+    ),
+    "waitress": (
+        "-m waitress --host 127.0.0.1 --port PORT --threads 16 --connection-limit 2000"
+        " --backlog 2048 benchapp:app"
+    ),
     "cheroot": "cherootrun.py",
-    "uWSGI": "--master --processes 2 --threads 16 --lazy-apps --die-on-term --disable-logging --listen 1024"
-    " --wsgi benchapp:app ",
-    "granian": "-m granian --interface wsgi --http 1 --host 127.0.0.1 --port PORT --workers 2 --blocking-threads 16"
-    " --backlog 2048 --respawn-interval 0.5 --log-level warning benchapp:app",
+    "uWSGI": (
+        "--master --processes 2 --threads 16 --lazy-apps --die-on-term --disable-logging"
+        " --listen 1024 --wsgi benchapp:app "
+    ),
+    "granian": (
+        "-m granian --interface wsgi --http 1 --host 127.0.0.1 --port PORT --workers 2"
+        " --blocking-threads 16 --backlog 2048 --respawn-interval 0.5 --log-level warning"
+        " benchapp:app"
+    ),
 }
 BENCH_UWSGI = {
     "closed": "--http-socket 127.0.0.1:PORT --add-header Connection:close",
     "many": "--http 127.0.0.1:PORT --http-keepalive --http-processes 2",
     "otherwise": "--http11-socket 127.0.0.1:PORT",
 }
-BENCH_SIGHUP = ["hupserve", "gunicorn", "uWSGI", "granian"]  # those that reload on it
+BENCH_RELOADING = ["hupserve", "gunicorn", "uWSGI", "granian"]  # by SIGHUP
 BENCH_RELOADS = 10
-BENCH_SIZE = 8 * 1024 * 1024
+BENCH_RELOAD_PAUSE = 1.5  # seconds; granian takes 0.5 s to replace each worker
+BENCH_SETTLING = 0.5  # seconds for the second worker to start, and for the last reload to end
+BENCH_DEADLINE = 30  # seconds for a first answer
+BENCH_LONGEST_LOAD = 600  # seconds of load during reloads
+BENCH_SIZE = 8 * 1024 * 1024  # bytes of a download or an upload
+BENCH_HELLO = b"Hello, world!"
 
-Scenario = collections.namedtuple(
-    "Scenario",
-    "text connections path answer sends close",
-    defaults=["/", b"Hello, world!", 0, False],
-)
+
+class Scenario(NamedTuple):
+    """What the clients of a benchmark do."""
+
+    text: str
+    connections: int
+    path: str = "/"
+    answer: bytes = BENCH_HELLO
+    sends: int = 0  # bytes of request body
+    close: bool = False  # one request per connection
+
+
 BENCH_SCENARIOS = {
     "keepalive": Scenario("32 kept-alive connections", 32),
     "closed": Scenario("32 connections of one request each", 32, close=True),
     "many": Scenario("256 kept-alive connections", 256),
     "download": Scenario(
-        "8 MB from a file (wsgi.file_wrapper), 8 connections", 8, "/download", b"x" * BENCH_SIZE
+        "8 MB from a file (wsgi.file_wrapper), 8 connections",
+        connections=8,
+        path="/download",
+        answer=b"x" * BENCH_SIZE,
     ),
     "upload": Scenario(
-        "8 MB of request body, 8 connections", 8, "/upload", b"%d" % BENCH_SIZE, sends=BENCH_SIZE
+        "8 MB of request body, 8 connections",
+        connections=8,
+        path="/upload",
+        answer=b"%d" % BENCH_SIZE,
+        sends=BENCH_SIZE,
     ),
     "reload": Scenario(
         f"SIGHUP to the first new answer, and 16 clients during {BENCH_RELOADS} reloads", 16
@@ -4052,64 +4084,91 @@ wsgi = benchapp:app
     "benchapp.py": """\
 import os
 from wsgiref.util import FileWrapper
+
 with open("generation", "rb") as file:
     GENERATION = file.read()
-SIZE, PIECE = os.path.getsize("download"), 64 * 1024
+SIZE = os.path.getsize("download")
+PIECE = 64 * 1024
 
 def app(environ, start_response):
-    path, body = environ["PATH_INFO"], b"Hello, world!"
+    path = environ["PATH_INFO"]
     if path == "/download":
-        start_response("200 OK", [("Content-Type", "application/octet-stream"), ("Content-Length", str(SIZE))])
+        headers = [("Content-Type", "application/octet-stream"), ("Content-Length", str(SIZE))]
+        start_response("200 OK", headers)
         return environ.get("wsgi.file_wrapper", FileWrapper)(open("download", "rb"), PIECE)
+    body = b"Hello, world!"
     if path == "/upload":
-        length = left = int(environ["CONTENT_LENGTH"])
-        while left and (piece := environ["wsgi.input"].read(min(left, PIECE))):
-            left -= len(piece)
-        body = b"%d" % (length - left)
+        body = b"%d" % read(environ["wsgi.input"], int(environ["CONTENT_LENGTH"]))
     if path == "/generation":
         body = GENERATION
-    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))]
+    start_response("200 OK", headers)
     return [body]
+
+def read(file, length):
+    left = length
+    while left and (piece := file.read(min(left, PIECE))):
+        left -= len(piece)
+    return length - left
 """,
     "cherootrun.py": """\
 import os
 from cheroot.wsgi import Server
 from benchapp import app
-server = Server(("127.0.0.1", PORT), app, numthreads=16, request_queue_size=2048, timeout=75, reuse_port=True)
+
+server = Server(
+    ("127.0.0.1", PORT), app, numthreads=16, request_queue_size=2048, timeout=75, reuse_port=True
+)
 server.keep_alive_conn_limit = 2000
 os.fork()
 server.start()
 """,
-    "gunicorn.conf.py": "control_socket_disable = True  # it would stay behind in the home folder\n",
+    "gunicorn.conf.py": """\
+control_socket_disable = True  # it would stay behind in the home folder
+""",
     "wrk.lua": """\
-if wrk.path == "/upload" then wrk.method, wrk.body = "POST", ("x"):rep(8 * 1024 * 1024) end
+if wrk.path == "/upload" then
+    wrk.method = "POST"
+    wrk.body = ("x"):rep(8 * 1024 * 1024)
+end
+
 function done(summary, latency)
     local e = summary.errors
+    local errors = e.connect + e.read + e.write + e.timeout + e.status
     print("DONE", summary.requests * 1e6 / summary.duration, latency:percentile(50) / 1e3,
-          latency:percentile(99) / 1e3, latency.max / 1e3, e.connect + e.read + e.write + e.timeout + e.status)
+          latency:percentile(99) / 1e3, latency.max / 1e3, errors)
 end
 """,
 }
 
+Figures = dict[str, float]  # one server's in one scenario and round, by column
 
-@contextlib.contextmanager
-def bench_server(name, scenario, folder):
-    """Start a server, wait for its first answer, and leave nothing of it behind."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    for file, text in {**BENCH_FILES, "generation": "0"}.items():
-        (folder / file).write_text(text.replace("PORT", str(port)))
-    program, command = sys.executable, BENCH_SERVERS[name]
+
+def bench_command(name: str, scenario: str, port: int) -> list[str]:
+    """Return the command that starts this server."""
+    program = sys.executable
+    arguments = BENCH_SERVERS[name]
     if name == "uWSGI":
         program = os.path.join(os.path.dirname(sys.executable), "uwsgi")
-        command += BENCH_UWSGI.get(scenario, BENCH_UWSGI["otherwise"])
-    command = [
-        word.replace("PORT", str(port)).replace("HUPSERVE", str(HUPSERVE))
-        for word in command.split()
-    ]
+        arguments += BENCH_UWSGI.get(scenario, BENCH_UWSGI["otherwise"])
+    arguments = arguments.replace("PORT", str(port)).replace("HUPSERVE", str(HUPSERVE))
+    return [program, *arguments.split()]
+
+
+@contextlib.contextmanager
+def bench_server(
+    name: str, scenario: str, folder: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Start a server, wait for its first answer, and leave nothing of it behind.
+
+    Yields the process and its port.
+    """
+    port = free_port()
+    for file, text in {**BENCH_FILES, "generation": "0"}.items():
+        (folder / file).write_text(text.replace("PORT", str(port)))
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen(
-            [program, *command],
+            bench_command(name, scenario, port),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -4117,8 +4176,8 @@ def bench_server(name, scenario, folder):
             start_new_session=True,
         )
         try:
-            bench_first_answer(process, port, "/", b"Hello, world!")
-            time.sleep(0.5)  # for the second worker
+            bench_first_answer(process, port, "/", BENCH_HELLO)
+            time.sleep(BENCH_SETTLING)
             yield process, port
         except Exception:
             log.seek(0)
@@ -4129,270 +4188,371 @@ def bench_server(name, scenario, folder):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, SIGKILL)
             process.wait()
 
 
-def bench_request(path, sends=0, close=False):
-    head = f"{'POST' if sends else 'GET'} {path} HTTP/1.1\r\nHost: localhost\r\n"
-    head += f"Content-Length: {sends}\r\n" * bool(sends) + "Connection: close\r\n" * close
-    return (head + "\r\n").encode() + b"x" * sends
+def bench_request(path: str, sends: int = 0, close: bool = False) -> bytes:
+    """Return the bytes of a request; with a body it is a POST."""
+    lines = [f"{'POST' if sends else 'GET'} {path} HTTP/1.1", "Host: localhost"]
+    if sends:
+        lines.append(f"Content-Length: {sends}")
+    if close:
+        lines.append("Connection: close")
+    head = "\r\n".join([*lines, "", ""])
+    return head.encode() + b"x" * sends
 
 
-def bench_exchange(sock, request):
-    """Send a request and return its answer's body, and whether the server keeps the connection."""
+def bench_exchange(sock: socket.socket, request: bytes) -> tuple[bytes, bool]:
+    """Send a request; return the answer's body, and whether the server keeps the connection."""
     sock.sendall(request)
-    data, start, end = bytearray(), None, None
-    while end is None or len(data) < end:
-        piece = sock.recv(1 << 18)
+    data = bytearray()
+    start = 0  # of the body
+    end = 0
+    while not start or len(data) < end:
+        piece = sock.recv(256 * 1024)
         if not piece:
             raise ConnectionError("the connection ended before the answer did")
         data += piece
-        if start is None and b"\r\n\r\n" in data:
+        if not start and b"\r\n\r\n" in data:
             start = data.index(b"\r\n\r\n") + 4
             length = re.search(rb"(?i)\r\nContent-Length: *(\d+)", data)
             if not data.startswith(b"HTTP/1.1 200 ") or not length:
                 raise ConnectionError(f"unexpected answer {bytes(data[:start])!r}")
             end = start + int(length[1])
-    return bytes(data[start:]), not re.search(rb"(?i)\r\nConnection: *close", data[:start])
+    closes = re.search(rb"(?i)\r\nConnection: *close", data[:start])
+    return bytes(data[start:]), not closes
 
 
-def bench_first_answer(process, port, path, answer):
-    """Ask, each time on a new connection, until that is the answer; return the milliseconds it took."""
+def bench_first_answer(
+    process: subprocess.Popen[bytes], port: int, path: str, answer: bytes
+) -> float:
+    """Ask until this is the answer; return the milliseconds it took.
+
+    Each request has a connection of its own.
+    """
+    request = bench_request(path, close=True)
     began = time.perf_counter()
-    while time.perf_counter() < began + 30 and process.poll() is None:
+    while time.perf_counter() < began + BENCH_DEADLINE and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
-            if bench_exchange(sock, bench_request(path, close=True))[0] == answer:
+            body, _ = bench_exchange(sock, request)
+            if body == answer:
                 return (time.perf_counter() - began) * 1000
         time.sleep(0.005)
     raise ConnectionError(f"no answer {answer!r}")
 
 
-def bench_check(port, scenario):
-    """All connections, open at the same time, are answered rightly, and then kept or closed as they should be."""
+def bench_check(port: int, scenario: Scenario) -> None:
+    """Open all connections at the same time; all must be answered rightly, then kept or closed."""
     request = bench_request(scenario.path, scenario.sends, scenario.close)
+    requests = 1 if scenario.close else 2
     with contextlib.ExitStack() as stack:
         for _ in range(scenario.connections):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
-            for _ in range(1 if scenario.close else 2):
-                if bench_exchange(sock, request)[0] != scenario.answer:
+            for _ in range(requests):
+                body, _ = bench_exchange(sock, request)
+                if body != scenario.answer:
                     raise ConnectionError("wrong answer")
             if scenario.close and sock.recv(1):
                 raise ConnectionError("more than the answer")
 
 
-def bench_clients(port, request, connections, seconds, pause=0.0, stop=""):
-    """Our own load: a thread per connection, for some seconds or until a file appears. Runs in its own process."""
-    latencies, errors, end = [], [], time.perf_counter() + seconds
+class BenchClients:
+    """Our own load: a thread for each connection. It runs in a process of its own."""
 
-    def client():
+    def __init__(
+        self, port: int, request: bytes, pause: float, end: float, stop: Path | None
+    ) -> None:
+        self.port = port
+        self.request = request
+        self.pause = pause  # seconds between two requests
+        self.end = end  # by time.perf_counter()
+        self.stop = stop  # the load ends when this file appears
+        self.latencies: list[float] = []  # milliseconds
+        self.errors: list[OSError] = []
+
+    def stopped(self) -> bool:
+        """Is the time over, or has the file appeared?"""
+        return time.perf_counter() >= self.end or bool(self.stop and self.stop.exists())
+
+    def client(self) -> None:
+        """(thread) Send requests until the load stops."""
         sock = None
-        while time.perf_counter() < end and not (stop and os.path.exists(stop)):
+        while not self.stopped():
             began = time.perf_counter()
+            keeps = False
             try:
-                if (
-                    sock and select.select([sock], [], [], 0)[0]
-                ):  # closed while idle, as a server may
-                    sock = sock.close()
-                sock = sock or socket.create_connection(("127.0.0.1", port), 10)
-                if not bench_exchange(sock, request)[1]:
-                    sock = sock.close()
-                latencies.append((time.perf_counter() - began) * 1000)
+                if sock and select.select([sock], [], [], 0)[0]:  # closed while it was idle
+                    sock.close()
+                    sock = None
+                sock = sock or socket.create_connection(("127.0.0.1", self.port), 10)
+                _, keeps = bench_exchange(sock, self.request)
+                self.latencies.append((time.perf_counter() - began) * 1000)
             except OSError as error:
-                errors.append(error)
-                sock = sock and sock.close()
-            time.sleep(pause)
+                self.errors.append(error)
+            if sock and not keeps:
+                sock.close()
+                sock = None
+            time.sleep(self.pause)
 
-    threads = [threading.Thread(target=client) for _ in range(connections)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def run(self, connections: int) -> None:
+        """Run all clients to their end."""
+        threads = [threading.Thread(target=self.client) for _ in range(connections)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def bench_clients(
+    port: int,
+    request: bytes,
+    connections: int,
+    seconds: float,
+    pause: float = 0,
+    stop: Path | None = None,
+) -> tuple[Figures, int, int]:
+    """Load a server for some seconds or until a file appears.
+
+    Return the latencies, the number of answers and the number of errors.
+    """
+    clients = BenchClients(port, request, pause, time.perf_counter() + seconds, stop)
+    clients.run(connections)
+    latencies = sorted(clients.latencies)
     if not latencies:
-        raise errors[0]
-    latencies.sort()
+        raise clients.errors[0]
     figures = {
         "p50 ms": latencies[len(latencies) // 2],
         "p99 ms": latencies[len(latencies) * 99 // 100],
         "max ms": latencies[-1],
     }
-    return figures, len(latencies), len(errors)
+    return figures, len(latencies), len(clients.errors)
 
 
-def bench_load(port, scenario, seconds, folder):
-    """Requests per second and their latency, by wrk if there is one."""
+def one_process() -> concurrent.futures.ProcessPoolExecutor:
+    """A process beside this one, for bench_clients()."""
+    return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+
+
+def bench_load(port: int, scenario: Scenario, seconds: int, folder: Path) -> Figures:
+    """Measure requests per second and their latency, by wrk if there is one."""
     if shutil.which("wrk"):
-        command = [
-            "wrk",
-            "-t1",
-            f"-c{scenario.connections}",
-            f"-d{seconds}s",
-            "--latency",
-            "-s",
-            folder / "wrk.lua",
-        ]
-        command += ["-H", "Connection: close"] * scenario.close + [
-            f"http://127.0.0.1:{port}{scenario.path}"
-        ]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        figures = map(float, output.partition("DONE")[2].split())
-        return dict(zip(["requests/s", "p50 ms", "p99 ms", "max ms", "errors"], figures))
+        return bench_load_by_wrk(port, scenario, seconds, folder)
     request = bench_request(scenario.path, scenario.sends, scenario.close)
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        figures, answers, errors = pool.submit(
-            bench_clients, port, request, scenario.connections, seconds
-        ).result()
+    with one_process() as pool:
+        load = pool.submit(bench_clients, port, request, scenario.connections, seconds)
+        figures, answers, errors = load.result()
     return {"requests/s": answers / seconds, **figures, "errors": errors}
 
 
-def bench_reload(process, port, scenario, folder):
-    """Reload under clients that ask every 10 ms. Lost are requests without a connection or a complete answer."""
-    stop, times = folder / "stop", []
+def bench_load_by_wrk(port: int, scenario: Scenario, seconds: int, folder: Path) -> Figures:
+    """Measure by wrk, whose script prints the figures."""
+    command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--latency"]
+    command += ["-s", str(folder / "wrk.lua")]
+    if scenario.close:
+        command += ["-H", "Connection: close"]
+    command.append(f"http://127.0.0.1:{port}{scenario.path}")
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    _, _, figures = output.partition("DONE")
+    columns = ["requests/s", "p50 ms", "p99 ms", "max ms", "errors"]
+    return dict(zip(columns, map(float, figures.split())))
+
+
+def bench_reload(
+    process: subprocess.Popen[bytes], port: int, scenario: Scenario, folder: Path
+) -> Figures:
+    """Reload under clients that ask every 10 ms.
+
+    A request without a connection or a complete answer is lost.
+    """
+    stop = folder / "stop"
     stop.unlink(missing_ok=True)
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        clients = pool.submit(
-            bench_clients, port, bench_request("/"), scenario.connections, 600, 0.01, str(stop)
+    times = []
+    with one_process() as pool:
+        load = pool.submit(
+            bench_clients,
+            port,
+            bench_request("/"),
+            scenario.connections,
+            BENCH_LONGEST_LOAD,
+            pause=0.01,
+            stop=stop,
         )
         try:
             for generation in range(1, BENCH_RELOADS + 1):
-                time.sleep(
-                    1.5
-                )  # until the reload before is complete: granian takes 0.5 s for each worker
+                time.sleep(BENCH_RELOAD_PAUSE)
                 (folder / "generation").write_text(str(generation))
-                process.send_signal(signal.SIGHUP)
+                process.send_signal(SIGHUP)
                 times.append(bench_first_answer(process, port, "/generation", b"%d" % generation))
-            time.sleep(0.5)
+            time.sleep(BENCH_SETTLING)
         finally:
             stop.touch()
-        figures, answers, errors = clients.result()
-    return {
-        "reload ms": statistics.median(times),
-        **figures,
-        "requests": answers + errors,
-        "lost": errors,
-    }
+        figures, answers, errors = load.result()
+    reload_time = statistics.median(times)
+    return {"reload ms": reload_time, **figures, "requests": answers + errors, "lost": errors}
 
 
-def bench_memory(session):
-    """PSS in MB of the server's processes, which are a session of their own; 0 where there is no /proc."""
-    total = 0
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+def bench_memory(session: int) -> float:
+    """Return the PSS of a session's processes in MB, or 0 where there is no /proc."""
+    kilobytes = 0
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if os.getsid(int(folder.name)) == session:
-                total += int(re.search(r"\nPss: +(\d+)", (folder / "smaps_rollup").read_text())[1])
-    return total / 1024
+            if os.getsid(int(folder.name)) != session:
+                continue
+            found = re.search(r"\nPss: +(\d+)", (folder / "smaps_rollup").read_text())
+            if found:
+                kilobytes += int(found[1])
+    return kilobytes / 1024
 
 
-def bench_row(name, scenario, seconds, folder):
-    """The figures of one server in one scenario, or None."""
+def bench_row(name: str, scenario: str, seconds: int, folder: Path) -> Figures | None:
+    """Return the figures of one server in one scenario, or None after an error."""
+    details = BENCH_SCENARIOS[scenario]
     try:
         with bench_server(name, scenario, folder) as (process, port):
-            bench_check(port, BENCH_SCENARIOS[scenario])
+            bench_check(port, details)
             if scenario == "reload":
-                row = bench_reload(process, port, BENCH_SCENARIOS[scenario], folder)
+                row = bench_reload(process, port, details, folder)
             else:
-                row = bench_load(port, BENCH_SCENARIOS[scenario], seconds, folder)
-            return {**row, "memory MB": bench_memory(process.pid)}
+                row = bench_load(port, details, seconds, folder)
+            row["memory MB"] = bench_memory(process.pid)
+            return row
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         print(f"{name}, {scenario}: {error}")
         return None
 
 
-def bench_table(results):
-    """Print one scenario from its results: for each server the rows of all rounds."""
-    combine = {"max ms": max, "errors": sum, "requests": sum, "lost": sum}
-    columns = list(
-        dict.fromkeys(column for rows in results.values() for row in rows if row for column in row)
-    ) or [""]
-    if not any(
-        row["errors"] for rows in results.values() for row in rows if row and "errors" in row
-    ):
-        columns = [column for column in columns if column != "errors"]
+Rounds = list[Union[Figures, None]]  # one server's in one scenario
+BENCH_COMBINE: dict[str, Callable[[list[float]], float]] = {
+    "max ms": max,
+    "errors": sum,
+    "requests": sum,
+    "lost": sum,
+}
+
+
+def bench_columns(results: dict[str, Rounds]) -> list[str]:
+    """Return the columns that these figures have; errors only where there were some."""
+    rows = [row for rounds in results.values() for row in rounds if row]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    if not any(row.get("errors") for row in rows):
+        columns.pop("errors", None)
+    return list(columns) or [""]
+
+
+def bench_figure(column: str, rounds: Rounds) -> str:
+    """Return one cell of the table."""
+    values = [row[column] for row in rounds if row and column in row]
+    if not values:
+        return "failed"
+    combine = BENCH_COMBINE.get(column, statistics.median)
+    value = combine(values)
+    is_plain = value >= 100 or value == int(value)
+    return f"{value:,.0f}" if is_plain else f"{value:,.2f}"
+
+
+def bench_ratio(column: str, ours: Rounds, theirs: Rounds) -> float | None:
+    """How many times as good is hupserve in this column, in the median of the rounds?"""
+    ratios = []
+    for our_row, their_row in zip(ours, theirs):
+        if our_row and their_row:
+            ratios.append(our_row[column] / their_row[column])
+    if not ratios:
+        return None
+    ratio = statistics.median(ratios)
+    return 1 / ratio if column == "reload ms" else ratio  # less time is better
+
+
+def bench_table(results: dict[str, Rounds]) -> None:
+    """Print one scenario: a line for each server, from all its rounds."""
+    columns = bench_columns(results)
     print(" " * 9, *(f"{column:>11}" for column in columns), f"{'hupserve is':>11}")
-    for name, rows in results.items():
-        print(f"{name:9}", end="")
-        for column in columns:
-            values = [row[column] for row in rows if row and column in row]
-            value = combine.get(column, statistics.median)(values) if values else None
-            text = (
-                "failed"
-                if value is None
-                else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 2}f}"
-            )
-            print(f" {text:>11}", end="")
-        ratios = [
-            ours[columns[0]] / theirs[columns[0]]
-            for ours, theirs in zip(results.get("hupserve", []), rows)
-            if ours and theirs
-        ]
-        ratio = (
-            statistics.median(ratios) ** (-1 if columns[0] == "reload ms" else 1)
-            if ratios
-            else None
-        )
-        print(f" {ratio:9.2f} x" if ratio and name != "hupserve" else "")
+    for name, rounds in results.items():
+        cells = [f"{bench_figure(column, rounds):>11}" for column in columns]
+        ratio = bench_ratio(columns[0], results.get("hupserve", []), rounds)
+        if ratio and name != "hupserve":
+            cells.append(f"{ratio:9.2f} x")
+        print(f"{name:9}", *cells)
 
 
-def bench(argv):
+def bench_options(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="hupserve_test.py bench", description="Measure hupserve and its peers."
     )
-    parser.add_argument(
-        "peers", nargs="*", help=f"of {', '.join(BENCH_SERVERS)}; default: all there are"
-    )
+    names = ", ".join(BENCH_SERVERS)
+    parser.add_argument("peers", nargs="*", help=f"of {names} (default: all there are)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--seconds", type=int, default=5, help="of load for each figure (default: 5)"
     )
     parser.add_argument(
-        "--only", default=",".join(BENCH_SCENARIOS), metavar="NAME,...", help="default: %(default)s"
+        "--only",
+        default=",".join(BENCH_SCENARIOS),
+        metavar="NAME,...",
+        help="default: %(default)s",
     )
     options = parser.parse_args(argv)
-    scenarios = options.only.split(",")
-    if unknown := {*scenarios, *options.peers} - {*BENCH_SCENARIOS, *BENCH_SERVERS}:
+    options.scenarios = options.only.split(",")
+    unknown = {*options.scenarios, *options.peers} - {*BENCH_SCENARIOS, *BENCH_SERVERS}
+    if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
+    return options
 
+
+def bench_versions(peers: list[str]) -> dict[str, str]:
+    """Print what is measured, and by what. Return the servers with their versions."""
     versions = {"hupserve": "of this folder"}
-    for name in options.peers or BENCH_SERVERS:
+    for name in peers:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.setdefault(name, importlib.metadata.version(name))
-    missing = {*(options.peers or BENCH_SERVERS)} - {*versions}
+    missing = set(peers) - set(versions)
     load = "our own client, which may be the limit (there is no wrk)"
-    if shutil.which("wrk"):  # its -v exits 1
-        load = subprocess.run(
-            ["wrk", "-v"], stdout=subprocess.PIPE, text=True, check=False
-        ).stdout.partition("[")[0]
-    print(
-        f"load by {load.strip()};",
-        f"{os.cpu_count()} cores; Python {platform.python_version()};",
-        ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f" (not installed: {', '.join(missing)})" * bool(missing),
-    )
+    if shutil.which("wrk"):
+        version = subprocess.run(["wrk", "-v"], stdout=subprocess.PIPE, text=True)  # it exits 1
+        load, _, _ = version.stdout.partition("[")
+    servers = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if missing:
+        servers += f" (not installed: {', '.join(missing)})"
+    print(f"load by {load.strip()}; {os.cpu_count()} cores; Python {platform.python_version()};")
+    print(servers)
     print(BENCH_NOTE)
+    return versions
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end then too
-    results = {
-        scenario: {name: [] for name in versions if scenario != "reload" or name in BENCH_SIGHUP}
-        for scenario in scenarios
-    }
-    with tempfile.TemporaryDirectory(prefix="hupserve-bench-") as folder:
-        folder = pathlib.Path(folder)
-        (folder / "download").write_bytes(b"x" * BENCH_SIZE)
-        for number in range(options.rounds):
-            for scenario in scenarios:
-                print(f"round {number + 1}: {scenario}", file=sys.stderr)
-                for name, rows in results[scenario].items():
-                    rows.append(bench_row(name, scenario, options.seconds, folder))
-    for name, rows in results.get("many", {}).items():
-        for many, keepalive in zip(rows, results.get("keepalive", {}).get(name, [])):
+
+def bench_compare_many(results: dict[str, dict[str, Rounds]]) -> None:
+    """Add to the figures of `many` how they compare to those of `keepalive`."""
+    for name, rounds in results.get("many", {}).items():
+        for many, keepalive in zip(rounds, results.get("keepalive", {}).get(name, [])):
             if many and keepalive:
                 many["x keepalive"] = many["requests/s"] / keepalive["requests/s"]
-    for scenario in scenarios:
+
+
+def bench(argv: list[str]) -> None:
+    """Measure hupserve and its peers, and print a table for each scenario."""
+    options = bench_options(argv)
+    versions = bench_versions(options.peers or list(BENCH_SERVERS))
+    signal.signal(SIGTERM, lambda *_: sys.exit(1))  # so that the servers end then, too
+    results: dict[str, dict[str, Rounds]] = {}
+    for scenario in options.scenarios:
+        names = [name for name in versions if scenario != "reload" or name in BENCH_RELOADING]
+        results[scenario] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory(prefix="hupserve-bench-") as path:
+        folder = Path(path)
+        (folder / "download").write_bytes(b"x" * BENCH_SIZE)
+        for number in range(1, options.rounds + 1):
+            for scenario in options.scenarios:
+                print(f"round {number}: {scenario}", file=sys.stderr)
+                for name, rounds in results[scenario].items():
+                    rounds.append(bench_row(name, scenario, options.seconds, folder))
+    bench_compare_many(results)
+    for scenario in options.scenarios:
         print(f"\n{scenario}: {BENCH_SCENARIOS[scenario].text}")
         bench_table(results[scenario])
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
-        sys.exit(bench(sys.argv[2:]))
-    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+        bench(sys.argv[2:])
+    else:
+        sys.exit(pytest.main([__file__, *sys.argv[1:]]))
