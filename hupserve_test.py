@@ -146,7 +146,9 @@ def listening() -> dict[str, int]:
             continue
         for line in table.read_text().splitlines():
             columns = line.split()
-            address, state, inode = columns[1], columns[3], columns[9]
+            address = columns[1]
+            state = columns[3]
+            inode = columns[9]
             if state == "0A":  # TCP_LISTEN
                 _, _, port = address.rpartition(":")
                 ports[f"socket:[{inode}]"] = int(port, 16)
@@ -694,8 +696,11 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
+Serve = Callable[..., Server]  # takes the arguments of Server, except the folder
+
+
 @pytest.fixture
-def serve(folder: Path) -> Iterator[Callable[..., Server]]:
+def serve(folder: Path) -> Iterator[Serve]:
     """A function that starts a server, which is stopped and looked at when the test ends."""
     with contextlib.ExitStack() as stack:
         yield lambda *args, **keywords: stack.enter_context(Server(folder, *args, **keywords))
@@ -1119,7 +1124,7 @@ atexit.register(end)
 # ==== the invariants ==============================================================================
 
 
-def serve_with_faults(serve, folder, **keys):
+def serve_with_faults(serve: Serve, folder: Path, **keys: object) -> Server:
     """Start a server into which a file of the right name injects a fault, see FAULTS."""
     (folder / "sitecustomize.py").write_text(FAULTS)
     return serve(env={"PYTHONPATH": str(folder)}, **keys)
@@ -1840,7 +1845,7 @@ def test_12_a_fork_does_not_wait_for_a_worker_that_leaves(serve):
     serve(code=FORKING + APPLICATION).stop()
 
 
-def in_shell(command):
+def in_shell(command: str) -> list[str]:
     """A Server's prefix that runs this shell command first."""
     return ["sh", "-c", f'{command}; exec "$@"', "sh"]
 
@@ -2281,7 +2286,7 @@ def test_a_mistake_is_a_log_file_that_is_a_pipe_without_a_reader(mistaken):
     mistaken.reload_fails("reload refused: .*access_log.*pipe.*", access_log=pipe)
 
 
-def run(*arguments, **keywords):
+def run(*arguments: str | Path, **keywords: Any) -> subprocess.CompletedProcess[str]:
     """Run hupserve until it ends by itself."""
     return subprocess.run(
         [PYTHON, str(HUPSERVE), *map(str, arguments)],
@@ -2293,7 +2298,7 @@ def run(*arguments, **keywords):
     )
 
 
-def is_one_line(stop):
+def is_one_line(stop: subprocess.CompletedProcess[str]) -> bool:
     """Has the server said one line on stderr and nothing else?"""
     return len(stop.stderr.splitlines()) == 1 and stop.stdout == ""
 
@@ -2707,7 +2712,7 @@ def shared():
         yield server
 
 
-def wire(text):
+def wire(text: str) -> bytes:
     """Return the bytes of a request that is written with | for CR LF."""
     return text.replace("|", "\r\n").encode("latin-1")
 
@@ -2715,7 +2720,7 @@ def wire(text):
 @pytest.mark.parametrize(
     "raw, status, then, seen",
     [(*row, {})[1:5] for row in EXCHANGE],
-    ids=[row[0] for row in EXCHANGE],
+    ids=[str(row[0]) for row in EXCHANGE],
 )
 def test_exchange(shared, raw, status, then, seen):
     with shared.connect() as client:
@@ -2814,7 +2819,7 @@ def test_exchange_a_client_that_has_shut_down_its_sending_side_gets_its_answer(s
         assert client.ended()
 
 
-def mutate(data, chance):
+def mutate(data: bytes, chance: random.Random) -> bytes:
     """Replace up to two bytes, in one to three places, by up to two of the troublesome ones."""
     mutated = bytearray(data)
     for _ in range(chance.randrange(1, 4)):
@@ -3310,7 +3315,7 @@ def certificates(folder):
     return pairs
 
 
-def trusting(pair):
+def trusting(pair: dict[str, Path]) -> ssl.SSLContext:
     """Return a client's context that trusts this certificate only."""
     context = ssl.create_default_context(cafile=str(pair["certfile"]))
     context.set_alpn_protocols(["h2", "http/1.1"])
@@ -3492,8 +3497,37 @@ def test_operator_socket_activation(serve, folder):
         assert server.get(address=path).json["PATH_INFO"] == "/"
 
 
-def monotonic_microseconds():
+def monotonic_microseconds() -> int:
+    """Return what systemd expects in MONOTONIC_USEC."""
     return time.monotonic_ns() // 1000
+
+
+class Notifications:
+    """The socket on which systemd would listen for sd_notify's datagrams."""
+
+    LARGEST = 4096  # bytes; systemd drops larger ones
+
+    def __init__(self, name: str) -> None:
+        """name: a path, or a name in the abstract namespace with a leading @"""
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(name.replace("@", "\0"))
+        self.socket.settimeout(DEADLINE)
+
+    def next(self, *expected: str) -> dict[str, str]:
+        """Return the next message that is more than a STATUS. It must have these keys."""
+        while True:
+            lines = self.socket.recv(self.LARGEST).decode().splitlines()
+            message = dict(line.split("=", 1) for line in lines)
+            if set(message) != {"STATUS"}:
+                assert set(expected) <= set(message), message
+                return message
+
+    def wait_for_reload_since(self, began: int) -> None:
+        """Wait for a RELOADING whose time, in microseconds, is not before `began`."""
+        while True:
+            message = self.next()
+            if "RELOADING" in message and int(message["MONOTONIC_USEC"]) >= began:
+                return
 
 
 @beyond_core
@@ -3504,60 +3538,42 @@ def test_operator_sd_notify(serve, folder, abstract):
     Every SIGHUP is answered by RELOADING and then READY, whatever became of the reload.
     """
     name = f"@hupserve-test-{os.getpid()}" if abstract else str(folder / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.bind(name.replace("@", "\0"))
-        notify.settimeout(DEADLINE)
-
-        def next_message(*expected):
-            """Return the next message that is more than a STATUS. It must have these keys."""
-            while True:
-                lines = notify.recv(4096).decode().splitlines()
-                message = dict(line.split("=", 1) for line in lines)
-                if set(message) != {"STATUS"}:
-                    assert set(expected) <= set(message), message
-                    return message
-
-        def reloading_since(began):
-            """Wait for a RELOADING whose time is not before `began`."""
-            while True:
-                message = next_message()
-                if "RELOADING" in message and int(message["MONOTONIC_USEC"]) >= began:
-                    return
-
+    notifications = Notifications(name)
+    with notifications.socket:
         server = serve(env={"NOTIFY_SOCKET": name})
-        next_message("READY")
+        notifications.next("READY")
         assert "NOTIFY_SOCKET" not in server.get("/environment").json
 
         for workers in (3, "none", 2):
             began = monotonic_microseconds()
             server.write(workers=workers)
             server.signal()
-            message = next_message("RELOADING", "MONOTONIC_USEC")
+            message = notifications.next("RELOADING", "MONOTONIC_USEC")
             assert message["RELOADING"] == "1"
             assert began <= int(message["MONOTONIC_USEC"]) <= monotonic_microseconds()
-            assert next_message("READY", "STATUS")["READY"] == "1"
+            assert notifications.next("READY", "STATUS")["READY"] == "1"
 
         # An error with a surrogate, as os.fsdecode() makes of some file names.
         server.tracebacks = True
         server.write_app("raise RuntimeError('\\udcff')\n")
         server.signal()
-        next_message("RELOADING")
-        assert "\\udcff" in next_message("READY")["STATUS"]
+        notifications.next("RELOADING")
+        assert "\\udcff" in notifications.next("READY")["STATUS"]
 
         # A SIGHUP during a reload is answered, too, with a time after it came.
         server.write_app(GATE + APPLICATION)
         server.touch("gate")
         server.signal()
-        next_message("RELOADING")
+        notifications.next("RELOADING")
         server.signal()
         began = monotonic_microseconds() - 50_000  # the signal came just before
         time.sleep(0.1)
         server.remove("gate")
-        reloading_since(began)
-        next_message("READY")
+        notifications.wait_for_reload_since(began)
+        notifications.next("READY")
 
         server.signal(SIGTERM)
-        next_message("STOPPING")
+        notifications.next("STOPPING")
         assert server.process.wait(DEADLINE) == 0
 
 
@@ -3642,7 +3658,7 @@ def test_operator_log_files_follow_rotation(serve, folder):
     server.wait_log("replaced", file="error.log")
 
 
-def serve_in_a_terminal(serve, **keywords):
+def serve_in_a_terminal(serve: Serve, **keywords: Any) -> tuple[Server, Callable[[], None]]:
     """Start a server with a new pseudo terminal for 0, 1 and 2.
 
     Return the server, and a function that closes the terminal's window.
@@ -3680,7 +3696,7 @@ def test_operator_a_closed_terminal_is_a_reload(serve):
 def test_operator_nohup_and_setsid_outlive_the_terminal(serve, how):
     """The HUP of the closed window is a reload, too. After setsid there is none.
 
-    Without a terminal of its own a server of these tests is one after setsid.
+    The tests start every server as setsid does, so for setsid there is nothing to add.
     """
     if how == "nohup":
         server, close_window = serve_in_a_terminal(serve, terminal=True, prefix=["nohup"])
@@ -3829,7 +3845,7 @@ def test_operator_without_pastedeploy_is_one_clear_line(folder):
         assert "PasteDeploy" in line
 
 
-def serve_with_unwritable_log(serve, what):
+def serve_with_unwritable_log(serve: Serve, what: str) -> Server:
     """Start a server one of whose logs cannot be written."""
     if what == "a full log file":
         return serve(log_file="/dev/full")
