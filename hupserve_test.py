@@ -1,25 +1,29 @@
-"""The second half of the lesson: what hupserve promises, each promise as a test that fails without it.
+"""The second half of the lesson: what hupserve promises, with a test for each promise.
 
-    python -m pytest hupserve_test.py                        all of it: two to three minutes
-    HUPSERVE_CORE=1 python -m pytest hupserve_test.py        the core: no operator's things, nothing that takes long
-    HUPSERVE_PYTHON=/path/to/python ...                      another interpreter for the server
+    python -m pytest hupserve_test.py                     everything, in three to four minutes
+    HUPSERVE_CORE=1 python -m pytest hupserve_test.py     the core, without the operator's part
+    HUPSERVE_PYTHON=/path/to/python ...                   another interpreter runs the server
 
-Nothing here is mocked. Every test starts hupserve as its operator would, speaks to it in bytes over 127.0.0.1, ::1
-or a unix socket, sends it signals, and looks at it from outside: answers, log, exit status, /proc (so: Linux).
+Nothing here is mocked. Every test starts hupserve as its operator would, speaks to it in bytes over
+127.0.0.1, ::1 or a unix socket, sends it signals, and looks at it from outside: at its answers, its
+log, its exit status and its processes in /proc. (So the tests need Linux.)
 
-    the harness         until, processes, Server, Client, Load, and the application under the tests
+    the harness         until, processes, Server, Client, Load, and the application under test
     the invariants      DESIGN's promises 1 to 13, in order
     the reload          what can change, what is refused, what takes long
-    the mistakes        an operator's, at start, with --check and at a reload
+    the mistakes        an operator's mistakes, at the start, with --check and at a reload
     the signals         who may send what to whom
-    the exchange        raw bytes in, status and end of the connection out: a table that reads like RFC 9112
+    the exchange        a table that reads like RFC 9112: bytes in, status and connection out
     the responses       what applications may do, and what they may not
     the slow            clients that take their time
     the operator        TLS, unix sockets, systemd, terminals, logs, full disks
-    the benchmark       python hupserve_test.py bench: against its peers, in ratios
+    the benchmark       python hupserve_test.py bench: hupserve and its peers, in ratios
 
-A test waits for conditions (until), never for time, except where time itself is the promise.
+A test waits for conditions, by until(). It waits for a time only where time itself is the promise.
 """
+
+from __future__ import annotations
+
 import argparse
 import collections
 import concurrent.futures
@@ -30,7 +34,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import pathlib
 import platform
 import pty
 import random
@@ -48,51 +51,85 @@ import tempfile
 import termios
 import threading
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGSTOP, SIGTERM, SIGUSR1
+from typing import Any, Callable, NamedTuple, TypeVar, Union
 
 import pytest
 
 HUPSERVE = Path(__file__).resolve().with_name("hupserve.py")
 PYTHON = os.environ.get("HUPSERVE_PYTHON", sys.executable)
-DEADLINE = 30  # seconds for whatever must happen; only a failing test waits that long
+DEADLINE = 30  # seconds for anything that must happen; only a failing test waits that long
+CLEANUP_DEADLINE = 10  # seconds for the processes that a stopped server has left behind
+POLL_PAUSE = 0.01  # seconds between two looks at a condition
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")  # per second of processor time
 
-beyond_core = pytest.mark.skipif("HUPSERVE_CORE" in os.environ, reason="HUPSERVE_CORE: only the core")
+CORE_ONLY = "HUPSERVE_CORE" in os.environ
+beyond_core = pytest.mark.skipif(CORE_ONLY, reason="HUPSERVE_CORE: only the core")
+
+Found = TypeVar("Found")
+Address = Union[int, tuple[str, int], str, Path]  # see Client
 
 
-# ==== the harness ====================================================================================================
+# ==== the harness =================================================================================
 
-def until(condition, what="", deadline=DEADLINE):
-    """Wait for the condition to hold, and return what it returned."""
+
+def until(
+    condition: Callable[[], Found | None], what: str = "", deadline: float = DEADLINE
+) -> Found:
+    """Wait until the condition returns something true, and return that."""
     end = time.monotonic() + deadline
     while True:
         value = condition()
         if value:
             return value
         assert time.monotonic() < end, f"waited {deadline} s for {what or 'a condition'}"
-        time.sleep(0.01)
+        time.sleep(POLL_PAUSE)
 
 
-Process = collections.namedtuple("Process", "pid state parent session cpu")
+class Process(NamedTuple):
+    """One line of /proc/<pid>/stat, see proc(5)."""
+
+    pid: int
+    state: str  # Z is a zombie
+    parent: int
+    session: int  # inherited by all descendants that do not leave it
+    cpu: float  # seconds of processor time, user and system
 
 
-def processes():
-    """Every process there is. A session's number stays with whatever its first process starts."""
+def processes() -> list[Process]:
+    """Return every process of this machine."""
     found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            fields = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()
-            cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            found.append(Process(int(entry), fields[0], int(fields[1]), int(fields[3]), cpu))
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
+            line = Path("/proc", entry, "stat").read_text(errors="replace")
+            _, _, after_command = line.rpartition(")")
+            fields = after_command.split()
+            found.append(
+                Process(
+                    pid=int(entry),
+                    state=fields[0],
+                    parent=int(fields[1]),
+                    session=int(fields[3]),
+                    cpu=(int(fields[11]) + int(fields[12])) / CLOCK_TICKS,
+                )
+            )
     return found
 
 
-def alive(pid):
+def alive(pid: int) -> bool:
+    """Does the process exist, and not as a zombie?"""
     return any(process.pid == pid and process.state != "Z" for process in processes())
 
 
-def descriptors(pid):
-    """What the process holds open: "socket:[inode]", "pipe:[inode]" or a path, one for each descriptor."""
+def descriptors(pid: int) -> list[str]:
+    """Return what the process holds open.
+
+    There is one entry for each descriptor: "socket:[inode]", "pipe:[inode]" or a path.
+    """
     found = []
     with contextlib.suppress(OSError):
         for number in os.listdir(f"/proc/{pid}/fd"):
@@ -101,27 +138,44 @@ def descriptors(pid):
     return sorted(found)
 
 
-def listening():
-    """The machine's listening TCP sockets: {"socket:[inode]": port}."""
-    rows = [line.split() for family in ("tcp", "tcp6") if os.path.exists(f"/proc/net/{family}")
-            for line in Path("/proc/net", family).read_text().splitlines()]
-    return {f"socket:[{row[9]}]": int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
+def listening() -> dict[str, int]:
+    """Return the machine's listening TCP sockets, as {"socket:[inode]": port}."""
+    ports = {}
+    for table in Path("/proc/net/tcp"), Path("/proc/net/tcp6"):
+        if not table.exists():
+            continue
+        for line in table.read_text().splitlines():
+            columns = line.split()
+            address = columns[1]
+            state = columns[3]
+            inode = columns[9]
+            if state == "0A":  # TCP_LISTEN
+                _, _, port = address.rpartition(":")
+                ports[f"socket:[{inode}]"] = int(port, 16)
+    return ports
 
 
-def ports_of(pid):
-    """The ports on which this process holds a listening socket."""
+def ports_of(pid: int) -> set[int]:
+    """Return the ports on which this process holds a listening socket."""
     ports = listening()
     return {ports[link] for link in descriptors(pid) if link in ports}
 
 
-def free_port():
+def drains(worker: int) -> bool:
+    """Has this worker begun to drain? Then it has closed its listeners."""
+    return not ports_of(worker)
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nobody uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
-def refused(port):
-    """Nobody listens there."""
+def refused(port: int) -> bool:
+    """Is a connection to this port of 127.0.0.1 refused?"""
     try:
         Client(port).close()
     except ConnectionRefusedError:
@@ -129,160 +183,256 @@ def refused(port):
     return False
 
 
-def importable(module):
-    """The server's interpreter has this module."""
+def importable(module: str) -> bool:
+    """Does the interpreter that runs the server have this module?"""
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    return subprocess.run([PYTHON, "-c", code], cwd="/", stderr=subprocess.DEVNULL).returncode == 0
+    ended = subprocess.run([PYTHON, "-c", code], cwd="/", stderr=subprocess.DEVNULL)
+    return ended.returncode == 0
 
 
 class Server:
-    """hupserve in a folder of its own: its ini, its application, its process, its log.
+    """hupserve in a folder of its own: its ini, its application, its process and its log.
 
-    As a context manager it starts, and at the end stops and looks around: exit status 0, no process left, no
-    traceback in the log (unless the test has set `tracebacks`).
+    Entered as a context manager it starts. At the end it is stopped and looked at: the exit status
+    must be 0, no process may be left, and there may be no traceback in the log (unless the test
+    has set `tracebacks`).
     """
 
     APP = "[app:main]\npaste.app_factory = app:factory\ngreeting = hello\n"
-    STATUS = ("[pipeline:main]\npipeline = status app\n"
-              "[filter:status]\npaste.filter_factory = hupserve:status_filter\npath = /status\n"
-              + APP.replace("app:main", "app:app", 1))
+    STATUS = (
+        "[pipeline:main]\npipeline = status app\n"
+        "[filter:status]\npaste.filter_factory = hupserve:status_filter\npath = /status\n"
+        + APP.replace("app:main", "app:app", 1)
+    )
+    FIRST_LINE = r" on (?P<addresses>.+) with \d+ workers?; to reload it: kill -HUP \d+\n"
 
-    def __init__(self, folder, sections=APP, code=None, prefix=(), env=(), port=None, terminal=False, popen=(), **keys):
+    process: subprocess.Popen[bytes]
+    pid: int  # of the master
+    addresses: list[str]  # as the first line of the log shows them
+
+    def __init__(
+        self,
+        folder: Path | str,
+        sections: str = APP,
+        code: str | None = None,
+        prefix: Iterable[str] = (),
+        env: Mapping[str, str] | None = None,
+        port: int = 0,
+        terminal: bool = False,
+        popen: Mapping[str, Any] | None = None,
+        **keys: object,
+    ) -> None:
+        """Prepare a server; start() starts it.
+
+        sections: the ini's text after [server:main], whose keys are `keys`
+        code: the text of app.py, by default APPLICATION
+        prefix: a command that executes the server
+        env: what to add to the environment
+        port: of 127.0.0.1, where the first line of the log cannot be read
+        terminal: standard input becomes the terminal of the server's session
+        popen: further arguments of subprocess.Popen
+        """
         self.folder = Path(folder)
         self.ini = self.folder / "hupserve.ini"
         self.stderr = self.folder / "stderr"
-        self.sections, self.keys = sections, {"listen": f"127.0.0.1:{port or 0}", "workers": 2, **keys}
-        self.prefix, self.env, self.popen = list(prefix), {**os.environ, **dict(env)}, dict(popen)
-        self.port = port  # given where the first line cannot be read
+        self.sections = sections
+        self.keys: dict[str, object] = {"listen": f"127.0.0.1:{port}", "workers": 2, **keys}
+        self.prefix = list(prefix)
+        self.env = {**os.environ, **(env or {})}
+        self.popen = dict(popen or {})
+        self.port = port  # 0 until the log tells it
         self.terminal = terminal
-        self.tracebacks, self.clients = False, []
+        self.tracebacks = False  # True where the test provokes some
+        self.clients: list[Client] = []
+        self.generation = 1  # the newest one that reload() has seen
         self.write_app(code or APPLICATION)
 
-    def put(self, name, text):
-        """Replace a file by a rename: nobody ever reads half of it."""
+    def put(self, name: str, text: str) -> None:
+        """Replace a file by a rename, so that nobody ever reads half of it."""
         (self.folder / "new").write_text(text)
         os.replace(self.folder / "new", self.folder / name)
 
-    def write_app(self, code):
+    def write_app(self, code: str) -> None:
+        """Replace the application."""
         self.put("app.py", code)
 
-    def write(self, sections=None, **keys):
-        """Change the ini; a key of None is left out."""
-        self.sections = self.sections if sections is None else sections
+    def write(self, sections: str | None = None, **keys: object) -> None:
+        """Change the ini. A key of None is left out."""
+        if sections is not None:
+            self.sections = sections
         self.keys.update(keys)
         lines = [f"{key} = {value}\n" for key, value in self.keys.items() if value is not None]
         self.put(self.ini.name, "[server:main]\n" + "".join(lines) + "\n" + self.sections)
 
-    def __enter__(self):
+    def touch(self, *names: str) -> None:
+        """Create files in the server's folder, for which an application or an import looks."""
+        for name in names:
+            (self.folder / name).touch()
+
+    def remove(self, name: str) -> None:
+        """Remove a file that touch() has created."""
+        (self.folder / name).unlink()
+
+    def __enter__(self) -> Server:
         self.write()
         self.start()
         return self
 
-    def start(self):
-        def fresh():  # whatever the tests were started with
-            for number in (SIGHUP, SIGINT, SIGQUIT):
-                signal.signal(number, signal.SIG_DFL)
-            if self.terminal:
-                fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal of this session, as after a login
-
+    def start(self) -> None:
+        """Start the server and wait until it serves."""
         with open(self.stderr, "ab") as log:
             self.process = subprocess.Popen(
-                [*self.prefix, PYTHON, str(HUPSERVE), str(self.ini)], cwd=self.folder, env=self.env,
-                start_new_session=True, preexec_fn=fresh,
-                **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **self.popen})
-        self.pid, self.generation = self.process.pid, 1
+                [*self.prefix, PYTHON, str(HUPSERVE), str(self.ini)],
+                cwd=self.folder,
+                env=self.env,
+                start_new_session=True,
+                preexec_fn=self.prepare_process,
+                **{"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, **self.popen},
+            )
+        self.pid = self.process.pid
+        self.generation = 1
         try:
-            ready = self.answers if self.port else self.first_line
+            ready = self.answers if self.port else self.find_first_line
             until(lambda: ready() or self.process.poll() is not None, "the server to start")
             assert self.process.poll() is None, "the server has ended"
         except BaseException as error:
             self.__exit__(type(error))
             raise
 
-    def first_line(self):
-        found = re.search(r" on (.+) with (\d+) workers?; to reload it: kill -HUP (\d+)\n", self.log())
-        if found:
-            self.addresses = found[1].split()
-            port = re.search(r"//\S+:(\d+)", found[1])
-            self.port = port and int(port[1])
-        return found
+    def prepare_process(self) -> None:
+        """(child, before exec) Undo what the tests were started with."""
+        for number in (SIGHUP, SIGINT, SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        if self.terminal:  # as after a login
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    def answers(self):
+    def find_first_line(self) -> bool:
+        """Look for the log's first line; take the addresses and the first TCP port from it."""
+        found = re.search(self.FIRST_LINE, self.log())
+        if not found:
+            return False
+        self.addresses = found["addresses"].split()
+        port = re.search(r"//\S+:(\d+)", found["addresses"])
+        self.port = int(port[1]) if port else 0
+        return True
+
+    def answers(self) -> bool:
+        """Does it listen?"""
         return not refused(self.port)
 
-    def __exit__(self, error, *_):
-        """Ends it, gently unless the test has failed already, and leaves nothing behind either way."""
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """End the server, gently unless the test has failed already, and leave nothing behind."""
         self.release("all")
         for client in self.clients:
             client.close()
-        status, left = 0, []
+        status = 0
+        left_behind = []
         if error is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if self.process.poll() is None:
-                    self.signal(SIGINT)  # INT gives idle connections no grace
-                    status = self.process.wait(DEADLINE)
-            with contextlib.suppress(AssertionError):
-                until(lambda: not self.others(), deadline=10)
-            left = self.others()
+            status = self.stop_gently()
+            left_behind = self.others()
         for pid in self.others():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, SIGKILL)
         self.process.wait(DEADLINE)
-        print(self.log(self.ini.name) if self.ini.is_file() else "", self.log(), sep="\n---- log ----\n")
+        print(self.log(self.ini.name) if self.ini.is_file() else "")
+        print("---- log ----", self.log(), sep="\n")
         if error is None:
-            assert (status, left) == (0, []), "exit status, processes left behind"
+            assert status == 0, "exit status"
+            assert left_behind == [], "processes left behind"
             assert self.tracebacks or "Traceback" not in self.log()
 
-    def signal(self, number=SIGHUP):
+    def stop_gently(self) -> int:
+        """Stop the server if it runs, wait for its processes, and return the exit status.
+
+        The status of a server that had ended before is not looked at, and 0 is returned.
+        """
+        status = 0
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self.process.poll() is None:
+                self.signal(SIGINT)  # INT gives idle connections no grace
+                status = self.process.wait(DEADLINE)
+        with contextlib.suppress(AssertionError):
+            until(lambda: not self.others(), deadline=CLEANUP_DEADLINE)
+        return status
+
+    def signal(self, number: int = SIGHUP) -> None:
+        """Send the master a signal."""
         os.kill(self.pid, number)
 
-    def stop(self, number=SIGTERM, status=0):
+    def stop(self, number: int = SIGTERM, status: int = 0) -> None:
+        """Stop the server by this signal; it must end with this exit status."""
         self.signal(number)
         assert self.process.wait(DEADLINE) == status
 
-    def log(self, file="stderr"):
+    def log(self, file: str = "stderr") -> str:
+        """Return what is in this log, or in any other file of the server's folder."""
         path = self.folder / file
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait_log(self, pattern, since=0, file="stderr"):
-        """The first match of the pattern in what was logged since that length of the log."""
-        return until(lambda: re.search(pattern, self.log(file)[since:]), f"a log line like {pattern!r}")
+    def wait_log(self, pattern: str, since: int = 0, file: str = "stderr") -> re.Match[str]:
+        """Wait until the pattern is found in the log from position `since` on."""
+        return until(
+            lambda: re.search(pattern, self.log(file)[since:]), f"a log line like {pattern!r}"
+        )
 
-    def reload(self, refused=None, **changes):
-        """Change the ini, send SIGHUP, wait until a newer generation serves: its number. Or for a line like this."""
-        since, old = len(self.log()), self.workers()
-        if changes:
-            self.write(**changes)
+    def reload(self, sections: str | None = None, **keys: object) -> int:
+        """Change the ini, send SIGHUP and wait until a newer generation serves; return its number.
+
+        Without arguments the ini stays as it is.
+        """
+        since = len(self.log())
+        old = self.workers()
+
+        def newer_generations() -> list[int]:
+            numbers = re.findall(r"generation (\d+) serves", self.log()[since:])
+            return [int(number) for number in numbers if int(number) > self.generation]
+
+        if sections is not None or keys:
+            self.write(sections, **keys)
         self.signal(SIGHUP)
-        if refused:
-            return self.wait_log(refused, since)[0]
-        self.generation = max(until(lambda: [
-            number for number in map(int, re.findall(r"generation (\d+) serves", self.log()[since:]))
-            if number > self.generation], "a newer generation"))
-        until(lambda: not any(map(ports_of, old)), "the old workers to have heard of it")
+        self.generation = max(until(newer_generations, "a newer generation"))
+        until(lambda: all(map(drains, old)), "the old workers to drain")
         return self.generation
 
-    def others(self):
-        """Every process of its session, the master included."""
-        return [process.pid for process in processes() if process.session == self.pid and process.state != "Z"]
+    def reload_fails(self, pattern: str, sections: str | None = None, **keys: object) -> str:
+        """Change the ini, send SIGHUP, wait for a log line like the pattern, and return it."""
+        since = len(self.log())
+        if sections is not None or keys:
+            self.write(sections, **keys)
+        self.signal(SIGHUP)
+        return self.wait_log(pattern, since)[0]
 
-    def workers(self):
-        return {process.pid for process in processes() if process.parent == self.pid and process.state != "Z"}
+    def others(self) -> list[int]:
+        """Return every process of the server's session, the master included."""
+        living = [process for process in processes() if process.state != "Z"]
+        return [process.pid for process in living if process.session == self.pid]
 
-    def zombies(self):
-        return [process for process in processes() if process.parent == self.pid and process.state == "Z"]
+    def workers(self) -> set[int]:
+        """Return the master's living children."""
+        living = [process for process in processes() if process.state != "Z"]
+        return {process.pid for process in living if process.parent == self.pid}
 
-    def connect(self, **keywords):
-        self.clients.append(Client(self.port, **keywords))
-        return self.clients[-1]
+    def zombies(self) -> list[Process]:
+        """Return the master's children that have ended and were not waited for yet."""
+        dead = [process for process in processes() if process.state == "Z"]
+        return [process for process in dead if process.parent == self.pid]
 
-    def get(self, target="/", *fields, address=None):
-        """One request on a connection of its own."""
+    def connect(self, tls: ssl.SSLContext | None = None, receive_buffer: int = 0) -> Client:
+        """Open a connection, which is closed at the end of the test at the latest."""
+        client = Client(self.port, tls, receive_buffer)
+        self.clients.append(client)
+        return client
+
+    def get(self, target: str = "/", *fields: str, address: Address | None = None) -> Answer:
+        """Send one request on a connection of its own and return the answer."""
         with Client(address or self.port) as client:
             return client.get(target, *fields)
 
-    def hold(self, name):
-        """A request that is in flight until release(name); returned when the application has begun with it."""
+    def hold(self, name: str) -> Client:
+        """Start a request that stays in flight until release(name).
+
+        Return its client, as soon as the application has begun, with `worker` set.
+        """
         client = self.connect()
         client.request("GET", f"/hold?{name}")
         began = self.folder / f"{name}.began"
@@ -290,122 +440,175 @@ class Server:
         client.worker = int(began.read_text())
         return client
 
-    def release(self, *names):
-        for name in names:
-            (self.folder / name).touch()
+    def release(self, *names: str) -> None:
+        """Let requests end that hold() has started."""
+        self.touch(*names)
 
-    def status(self):
-        return self.get("/status?format=json").json["workers"]
+    def status(self) -> list[dict[str, Any]]:
+        """Ask the status filter for all workers."""
+        workers: list[dict[str, Any]] = self.get("/status?format=json").json["workers"]
+        return workers
 
 
 class Cut(ConnectionError):
     """The connection ended before the answer was whole."""
 
 
-class Answer(collections.namedtuple("Answer", "status headers body")):
-    __slots__ = ()
+class Answer(NamedTuple):
+    """What Client.answer() has read."""
+
+    status: int
+    headers: dict[str, str]  # the names in small letters
+    body: bytes
 
     @property
-    def json(self):
+    def json(self) -> Any:
+        """The body, parsed."""
         return json.loads(self.body)
 
     @property
-    def closes(self):
+    def closes(self) -> bool:
+        """Does the server say that it closes the connection?"""
         return self.headers.get("connection", "").lower() == "close"
 
 
 class Client:
-    """One connection, with a reader that notices whatever is missing and leaves the surplus in `buffer`."""
+    """One connection, with a strict reader.
 
-    def __init__(self, address, tls=None, receive_buffer=None):
-        """The address is a port of 127.0.0.1, a (host, port) or the path of a unix socket."""
-        address = ("127.0.0.1", address) if isinstance(address, int) else address
-        family = (socket.AF_UNIX if isinstance(address, (str, Path)) else
-                  socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    Anything that is missing from an answer raises Cut. Surplus bytes stay in `buffer`.
+    """
+
+    RECEIVE_SIZE = 65536
+    SHOWN_SIZE = 200  # bytes of an answer that an error message shows
+
+    worker: int  # set by Server.hold: the process that runs the request
+
+    def __init__(
+        self, address: Address, tls: ssl.SSLContext | None = None, receive_buffer: int = 0
+    ) -> None:
+        """Connect to a port of 127.0.0.1, a (host, port) or the path of a unix socket.
+
+        A small receive buffer, in bytes, makes a slow reader.
+        """
+        if isinstance(address, int):
+            address = ("127.0.0.1", address)
+        if isinstance(address, (str, Path)):
+            family = socket.AF_UNIX
+            address = str(address)
+        elif ":" in address[0]:
+            family = socket.AF_INET6
+        else:
+            family = socket.AF_INET
         self.socket = socket.socket(family)
         self.socket.settimeout(DEADLINE)
         self.buffer = bytearray()
         try:
-            if receive_buffer:  # a small one makes a slow reader
+            if receive_buffer:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-            self.socket.connect(str(address) if family == socket.AF_UNIX else address)
+            self.socket.connect(address)
             if tls:
                 self.socket = tls.wrap_socket(self.socket, server_hostname="localhost")
         except BaseException:
             self.socket.close()
             raise
 
-    def __enter__(self):
+    def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self):
+    def close(self) -> None:
+        """Close the connection; any unread input makes this a reset."""
         self.socket.close()
 
-    def send(self, data):
+    def send(self, data: bytes) -> Client:
+        """Send all of the data; return the client, so that calls can be chained."""
         self.socket.sendall(data)
         return self
 
-    def request(self, method, target, body=b"", *fields):
+    def request(self, method: str, target: str, body: bytes = b"", *fields: str) -> Client:
+        """Send one request, with a Content-Length if it has a body."""
         lines = [f"{method} {target} HTTP/1.1", "Host: test", *fields]
-        lines += [f"Content-Length: {len(body)}"] if body else []
-        return self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        if body:
+            lines.append(f"Content-Length: {len(body)}")
+        head = "\r\n".join([*lines, "", ""])
+        return self.send(head.encode("latin-1") + body)
 
-    def get(self, target="/", *fields):
+    def get(self, target: str = "/", *fields: str) -> Answer:
+        """Send a GET and read the answer."""
         return self.request("GET", target, b"", *fields).answer()
 
-    def post(self, target, body, *fields):
+    def post(self, target: str, body: bytes, *fields: str) -> Answer:
+        """Send a POST and read the answer."""
         return self.request("POST", target, body, *fields).answer()
 
-    def more(self):
-        data = self.socket.recv(1 << 16)
+    def more(self) -> None:
+        """Receive something into the buffer; raise Cut at the end of the connection."""
+        data = self.socket.recv(self.RECEIVE_SIZE)
         if not data:
-            raise Cut(f"the connection ended after {bytes(self.buffer[-200:])!r}")
+            raise Cut(f"the connection ended after {bytes(self.buffer[-self.SHOWN_SIZE :])!r}")
         self.buffer += data
 
-    def take(self, size):
+    def take(self, size: int) -> bytes:
+        """Take exactly so many bytes."""
         while len(self.buffer) < size:
             self.more()
         data = bytes(self.buffer[:size])
         del self.buffer[:size]
         return data
 
-    def take_until(self, mark):
+    def take_until(self, mark: bytes) -> bytes:
+        """Take everything up to the mark, and the mark too; return what was before it."""
         while mark not in self.buffer:
             self.more()
-        return self.take(self.buffer.index(mark) + len(mark))[:-len(mark)]
+        data = self.take(self.buffer.index(mark))
+        self.take(len(mark))
+        return data
 
-    def answer(self, method="GET"):
-        """Read one answer, byte for byte what RFC 9112 says it is."""
+    def answer(self, method: str = "GET") -> Answer:
+        """Read one answer to a request of this method, strictly as RFC 9112 has it."""
         first, *fields = self.take_until(b"\r\n\r\n").decode("latin-1").split("\r\n")
-        assert re.fullmatch(r"HTTP/1\.1 [1-5]\d\d [\t -\xff]*", first), first
-        pairs = [(name.lower(), value.strip()) for name, colon, value in (field.partition(":") for field in fields)]
-        status, headers = int(first[9:12]), dict(pairs)
-        assert [name for name, _ in pairs].count("content-length") <= 1, fields
-        assert not ("content-length" in headers and "transfer-encoding" in headers), fields
+        matched = re.fullmatch(r"HTTP/1\.1 (?P<status>[1-5]\d\d) [\t -\xff]*", first)
+        assert matched, first
+        status = int(matched["status"])
+        pairs = []
+        for field in fields:
+            name, _, value = field.partition(":")
+            pairs.append((name.lower(), value.strip()))
+        names = [name for name, _ in pairs]
+        assert names.count("content-length") <= 1, fields
+        assert not {"content-length", "transfer-encoding"} <= set(names), fields
+        headers = dict(pairs)
         if method == "HEAD" or status < 200 or status in (204, 304):
             body = b""
         elif headers.get("transfer-encoding") == "chunked":
-            body = b""
-            while True:
-                size = int(self.take_until(b"\r\n"), 16)
-                body += self.take(size)
-                assert self.take(2) == b"\r\n"
-                if not size:
-                    break
+            body = self.take_chunks()
         elif "content-length" in headers:
             body = self.take(int(headers["content-length"]))
         else:
-            with contextlib.suppress(Cut):
-                while True:
-                    self.more()
-            body = self.take(len(self.buffer))
+            body = self.take_all()
         return Answer(status, headers, body)
 
-    def ended(self):
-        """Nothing more is on the wire and the connection has ended in good order (a reset raises)."""
+    def take_chunks(self) -> bytes:
+        """Take a chunked body, without extensions and trailers; hupserve sends none."""
+        body = b""
+        while True:
+            size = int(self.take_until(b"\r\n"), 16)
+            body += self.take(size)
+            assert self.take(2) == b"\r\n"
+            if not size:
+                return body
+
+    def take_all(self) -> bytes:
+        """Take everything up to the end of the connection."""
+        with contextlib.suppress(Cut):
+            while True:
+                self.more()
+        return self.take(len(self.buffer))
+
+    def ended(self) -> bool:
+        """Wait for the next byte or the end; is it the end, in good order? (A reset raises.)"""
         if self.buffer or self.socket.recv(1):
             return False
         self.close()
@@ -413,39 +616,50 @@ class Client:
 
 
 class Load:
-    """Clients in threads, some on kept-alive connections and some on a new one per request.
+    """Clients in threads: some keep their connection, some open a new one for every request.
 
-    A request is lost unless its complete and correct answer comes back, whatever the reason.
+    A request is lost, for whatever reason, unless its complete and correct answer comes back.
     """
 
-    def __init__(self, server, keep=6, closing=3, pause=0.0, path="/"):
-        self.port, self.pause, self.path = server.port, pause, path
-        self.answered, self.lost = [], []  # the generations that did, the reasons
-        self.numbers, self.stopping = itertools.count(), threading.Event()
-        self.threads = [threading.Thread(target=self.client, args=(number < keep,)) for number in range(keep + closing)]
+    REASON_SIZE = 300  # characters
+    SHOWN_REASONS = 5
 
-    def __enter__(self):
+    def __init__(
+        self, server: Server, keep: int = 6, closing: int = 3, pause: float = 0, path: str = "/"
+    ) -> None:
+        """keep, closing: the number of clients that keep, or close, their connection
+        pause: the longest pause between two requests of a client, in seconds
+        """
+        self.port = server.port
+        self.pause = pause
+        self.path = path
+        self.answered: list[int] = []  # the generation that gave each answer
+        self.lost: list[str] = []  # why each lost request was lost
+        self.numbers = itertools.count()
+        self.stopping = threading.Event()
+        keeps = [True] * keep + [False] * closing
+        self.threads = [threading.Thread(target=self.client, args=(kept,)) for kept in keeps]
+
+    def __enter__(self) -> Load:
         for thread in self.threads:
             thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.stopping.set()
         for thread in self.threads:
             thread.join(2 * DEADLINE)
 
-    def client(self, keep):
-        connection, fields = None, [] if keep else ["Connection: close"]
+    def client(self, keep: bool) -> None:
+        """(thread) Send requests until the load stops."""
+        fields = [] if keep else ["Connection: close"]
+        connection = None
         while not self.stopping.is_set():
-            token = f"{next(self.numbers)}"
             try:
                 connection = connection or Client(self.port)
-                answer = connection.post(f"{self.path}?{token}", token.encode() * 20, *fields)
-                closes, seen = answer.closes, answer.json
-                assert (answer.status, seen["QUERY_STRING"], seen["body"]) == (200, token, token * 20), answer
-                self.answered.append(seen["hupserve.generation"])
-            except Exception as error:  # whatever it is, this request was lost
-                self.lost.append(f"{type(error).__name__}: {error}"[:300])
+                closes = self.exchange(connection, fields)
+            except Exception as error:
+                self.lost.append(f"{type(error).__name__}: {error}"[: self.REASON_SIZE])
                 closes = True
             if closes and connection:
                 connection.close()
@@ -455,86 +669,140 @@ class Load:
         if connection:
             connection.close()
 
-    def more(self, count=100):
-        """Wait for so many more answers: the generations that gave them."""
+    def exchange(self, connection: Client, fields: list[str]) -> bool:
+        """(thread) Send one request and check its answer; does the server close then?"""
+        token = str(next(self.numbers))
+        body = token * 20
+        answer = connection.post(f"{self.path}?{token}", body.encode(), *fields)
+        assert answer.status == 200, answer
+        seen = answer.json
+        assert seen["QUERY_STRING"] == token, answer
+        assert seen["body"] == body, answer
+        self.answered.append(seen["hupserve.generation"])
+        return answer.closes
+
+    def more(self, count: int = 100) -> list[int]:
+        """Wait for so many more answers, and return the generations that gave them."""
         before = len(self.answered)
         until(lambda: len(self.answered) >= before + count or self.lost, f"{count} more answers")
-        assert not self.lost, self.lost[:5]
+        assert not self.lost, self.lost[: self.SHOWN_REASONS]
         return self.answered[before:]
 
 
 @pytest.fixture
-def folder():
-    with tempfile.TemporaryDirectory(prefix="hupserve") as path:  # short: a unix socket's path is at most 107 bytes
+def folder() -> Iterator[Path]:
+    """A new folder. Its path is short, because that of a unix socket is at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="hupserve") as path:
         yield Path(path)
 
 
+Serve = Callable[..., Server]  # takes the arguments of Server, except the folder
+
+
 @pytest.fixture
-def serve(folder):
-    """Start a server; it is stopped, and looked after, at the end of the test."""
+def serve(folder: Path) -> Iterator[Serve]:
+    """A function that starts a server, which is stopped and looked at when the test ends."""
     with contextlib.ExitStack() as stack:
         yield lambda *args, **keywords: stack.enter_context(Server(folder, *args, **keywords))
 
 
 @contextlib.contextmanager
-def shared_server(**keywords):
+def shared_server(**keywords: Any) -> Iterator[Server]:
+    """A server in a folder of its own, for several tests or beside another server."""
     with tempfile.TemporaryDirectory(prefix="hupserve") as path, Server(path, **keywords) as server:
         yield server
 
 
-# The application under the tests: the first part of the path names what it does, and whatever it does not know it
-# answers with what it saw. It is a text, because the server's interpreter may be another one.
+# The application under test. The first part of the path names what it does; to any other path it
+# answers with what it saw. It is a text, because another interpreter may run the server.
 
 APPLICATION = r'''
-import io, json, logging, os, subprocess, sys, time, wsgiref.validate
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import wsgiref.validate
+
 HERE = os.path.dirname(os.path.abspath(__file__))
+
 def note(name, line):
+    """Append a line to a file in the server's folder, where the test can read it."""
     with open(os.path.join(HERE, name), "a") as file:
         file.write(f"{line}\n")
+
 note("imports", os.getpid())
+
 def factory(global_conf, **settings):
     return lambda environ, start_response: application({**environ, **settings}, start_response)
+
 def validate(global_conf):
     return wsgiref.validate.validator
+
 def application(environ, start_response):
+    """Call what the first part of the path names, else echo."""
     name = environ["PATH_INFO"].lstrip("/").split("/")[0]
     return globals().get("do_" + name, echo)(environ, start_response)
+
 def ok(start_response, *headers, status="200 OK"):
     return start_response(status, [("Content-Type", "text/plain"), *headers])
+
 def text(start_response, body, *headers, status="200 OK"):
+    if isinstance(body, str):
+        body = body.encode("latin-1")
     ok(start_response, ("Content-Length", str(len(body))), *headers, status=status)
-    return [body.encode("latin-1") if isinstance(body, str) else body]
+    return [body]
+
+def pieces(environ):
+    """Read the request's body in pieces of up to 64 KiB."""
+    return iter(lambda: environ["wsgi.input"].read(65536), b"")
+
 def echo(environ, start_response):
-    body = b"".join(iter(lambda: environ["wsgi.input"].read(65536), b"")).decode("latin-1")
+    """Answer with what the application saw, as JSON."""
+    body = b"".join(pieces(environ)).decode("latin-1")
     seen = {key: value for key, value in environ.items() if isinstance(value, (str, int, bool))}
     return text(start_response, json.dumps({**seen, "body": body, "pid": os.getpid()}))
+
 def do_hold(environ, start_response):
-    """In flight until the file appears that the query names."""
-    path = os.path.join(HERE, environ["QUERY_STRING"])
-    note(environ["QUERY_STRING"] + ".part", os.getpid())
+    """Stay in flight until there is a file of the query's name, or one called all."""
+    name = environ["QUERY_STRING"]
+    path = os.path.join(HERE, name)
+    note(name + ".part", os.getpid())
     os.rename(path + ".part", path + ".began")
     while not os.path.exists(path) and not os.path.exists(os.path.join(HERE, "all")):
         time.sleep(0.01)
     return echo(environ, start_response)
+
 def do_nap(environ, start_response):
     time.sleep(0.02)
     return echo(environ, start_response)
+
 def do_sleep(environ, start_response):
     time.sleep(float(environ["QUERY_STRING"]))
     return echo(environ, start_response)
+
 def do_spoil(environ, start_response):
-    """It answers with what it was given, and leaves nothing of that as it was."""
-    seen, headers = json.dumps({key: str(environ[key]) for key in sorted(environ)}), [["Content-Type", "text/plain"]]
+    """Answer with the environ, then clear it, and the list of headers too."""
+    seen = json.dumps({key: str(environ[key]) for key in sorted(environ)})
     environ.clear()
+    headers = [["Content-Type", "text/plain"]]
     ok(start_response, *headers)
     headers.clear()
     return [seen.encode()]
+
 def do_size(environ, start_response):
-    return text(start_response, str(sum(len(data) for data in iter(lambda: environ["wsgi.input"].read(65536), b""))))
+    size = sum(len(piece) for piece in pieces(environ))
+    return text(start_response, str(size))
+
 def do_big(environ, start_response):
-    return text(start_response, b"0123456789abcdef" * (int(environ["QUERY_STRING"]) // 16))
+    """Answer with as many bytes as the query says, rounded down to a multiple of 16."""
+    pattern = b"0123456789abcdef"
+    return text(start_response, pattern * (int(environ["QUERY_STRING"]) // len(pattern)))
+
 def do_retry(environ, start_response):
-    """It takes an error for a hiccup."""
+    """Read on after an error, as if nothing had happened."""
     seen = []
     for _ in range(3):
         try:
@@ -542,26 +810,32 @@ def do_retry(environ, start_response):
         except OSError:
             seen.append("error")
     return text(start_response, json.dumps({"seen": seen}))
+
 def do_whole(environ, start_response):
+    """Read the body at once; answer with its length and whatever in it is not an x."""
     body = environ["wsgi.input"].read()
     return text(start_response, f"{len(body)} {body.decode().strip('x')}")
+
 def do_unread(environ, start_response):
     return text(start_response, "not read")
+
 def do_environment(environ, start_response):
     return text(start_response, json.dumps(dict(os.environ)))
+
 def do_children(environ, start_response):
-    """What a child of the application is born with: by fork its descriptors, by exec its signals."""
+    """Note the descriptors of a forked child; answer with the signals of an executed one."""
     if os.fork() == 0:
         for number in os.listdir("/proc/self/fd"):
             path = "/proc/self/fd/" + number
             note("child", os.path.exists(path) and os.readlink(path))
         os._exit(0)
     os.wait()
-    status = subprocess.run(["cat", "/proc/self/status"], stdout=subprocess.PIPE, universal_newlines=True).stdout
-    return text(start_response, json.dumps(dict(
-        line.split(":\t") for line in status.splitlines() if line.startswith("Sig"))))
+    status = subprocess.check_output(["cat", "/proc/self/status"]).decode()
+    lines = [line for line in status.splitlines() if line.startswith("Sig")]
+    return text(start_response, json.dumps(dict(line.split(":\t") for line in lines)))
+
 def do_terminate(environ, start_response):
-    """A child that is told to end as soon as it is there."""
+    """Fork children and send each a TERM at once; it must end them."""
     for _ in range(20):
         child = os.fork()
         if child == 0:
@@ -570,120 +844,170 @@ def do_terminate(environ, start_response):
         os.kill(child, 15)
         assert os.waitpid(child, 0)[1] == 15
     return text(start_response, "ended")
+
 def do_orphan(environ, start_response):
-    """A grandchild whose parent is gone: process 1 inherits it."""
+    """Leave a grandchild whose parent has ended; process 1 inherits it."""
     if os.fork() == 0:
         if os.fork() == 0:
             time.sleep(0.2)
         os._exit(0)
     os.wait()
     return text(start_response, "orphaned")
+
 def do_exit(environ, start_response):
     os._exit(3)
+
 def do_log(environ, start_response):
     logging.getLogger("app").warning("50%% of %s", environ["QUERY_STRING"])
     print("to wsgi.errors", file=environ["wsgi.errors"])
     return text(start_response, "logged")
 
 # What an application may do.
+
 def do_stream(environ, start_response):
     ok(start_response)
     yield from (b"one ", b"", b"two")
+
 def do_list(environ, start_response):
     ok(start_response)
     return [b"hello"]
+
 def do_204(environ, start_response):
     start_response("204 No Content", [])
     return []
+
 def do_304(environ, start_response):
     start_response("304 Not Modified", [("Content-Length", "5")])
     return [b"hello"]
+
 def do_write(environ, start_response):
-    ok(start_response, ("Content-Length", "7"))(b"one ")
+    write = ok(start_response, ("Content-Length", "7"))
+    write(b"one ")
     return [b"two"]
+
 def do_replaced(environ, start_response):
     ok(start_response)
     try:
         raise ValueError("a mistake")
     except ValueError:
-        start_response("503 Busy", [("Content-Type", "text/plain"), ("Content-Length", "8")], sys.exc_info())
+        headers = [("Content-Type", "text/plain"), ("Content-Length", "8")]
+        start_response("503 Busy", headers, sys.exc_info())
     return [b"replaced"]
+
 class Closing:
     """An iterable that notes when it is closed."""
+
     def __init__(self, parts, name):
-        self.parts, self.name = iter(parts), name
+        self.parts = iter(parts)
+        self.name = name
+
     def __iter__(self):
         return self.parts
+
     def close(self):
         note(self.name + ".closed", "closed")
+
 def do_closing(environ, start_response):
     ok(start_response)
     return Closing([b"one ", b"two"], environ["QUERY_STRING"])
+
 def do_endless(environ, start_response):
     ok(start_response)
     return Closing(iter(lambda: b"x" * 65536, None), environ["QUERY_STRING"])
+
 class ClosingFile(io.BytesIO):
     def close(self):
         note("file.closed", "closed")
         super().close()
+
 def do_filelike(environ, start_response):
     ok(start_response)
     return environ["wsgi.file_wrapper"](ClosingFile(b"like a file"))
+
 def do_file(environ, start_response):
-    """A file from an offset on: /file?<offset>,<announced length or nothing>."""
+    """Answer with a file from an offset on: /file?<offset>,<announced length or nothing>."""
     offset, length = environ["QUERY_STRING"].split(",")
     file = open(os.path.join(HERE, "data"), "rb")
     file.seek(int(offset))
-    ok(start_response, *[("Content-Length", length)][:len(length)])
+    if length:
+        ok(start_response, ("Content-Length", length))
+    else:
+        ok(start_response)
     return environ["wsgi.file_wrapper"](file, 4096)
+
 def do_proc(environ, start_response):
-    """A file that the kernel makes up: its size is 0 until it is read."""
+    """Answer with a file whose size is 0 until it is read, because the kernel makes it up."""
     ok(start_response)
     return environ["wsgi.file_wrapper"](open("/proc/self/status", "rb"))
-kept = []
+
+kept_writes = []
+
 def do_keep(environ, start_response):
-    """It calls the write() of the request before, which is over."""
-    for write in kept:
+    """Call the write() of the request before, which is over."""
+    for write in kept_writes:
         write(b"late")
-    kept[:] = [ok(start_response)]
+    kept_writes[:] = [ok(start_response)]
     return [b"not ", b"late"]
+
 def do_close(environ, start_response):
     return text(start_response, "closing", ("Connection", "close"))
-def do_hop(environ, start_response):
-    return text(start_response, "hop", ("Connection", "X-Hop"), ("Keep-Alive", "timeout=9"), ("Upgrade", "h2c"),
-                ("Proxy-Authenticate", "Basic"), ("TE", "gzip"), ("X-Kept", "yes"))
 
-# What it may not.
+def do_hop(environ, start_response):
+    return text(
+        start_response,
+        "hop",
+        ("Connection", "X-Hop"),
+        ("Keep-Alive", "timeout=9"),
+        ("Upgrade", "h2c"),
+        ("Proxy-Authenticate", "Basic"),
+        ("TE", "gzip"),
+        ("X-Kept", "yes"),
+    )
+
+# What an application may not do.
+
 def do_crlf(environ, start_response):
     return text(start_response, "x", ("X-Bad", "a\r\nX-Injected: b"))
+
 def do_control(environ, start_response):
     return text(start_response, "x", ("X-Bad", "a\x01b"))
+
 def do_crlfname(environ, start_response):
     return text(start_response, "x", ("X-Bad: a\r\nX-Injected", "b"))
+
 def do_crlfstatus(environ, start_response):
     return text(start_response, "x", status="200 OK\r\nX-Injected: b")
+
 def do_short(environ, start_response):
     ok(start_response, ("Content-Length", "10"))
     return [b"short"]
+
 def do_surplus(environ, start_response):
     ok(start_response, ("Content-Length", "5"))
     return [b"hel", b"loSURPLUS", b"SURPLUS"]
+
 def do_surpluswrite(environ, start_response):
-    ok(start_response, ("Content-Length", "5"))(b"helloSURPLUS")
+    write = ok(start_response, ("Content-Length", "5"))
+    write(b"helloSURPLUS")
     return []
+
 def do_raise(environ, start_response):
     raise ValueError("the application's own mistake")
+
 def do_raisemidway(environ, start_response):
     ok(start_response)
     yield b"one "
     raise ValueError("the application's own mistake")
+
 def do_emptystr(environ, start_response):
     ok(start_response)
     return [""]
+
 def do_raiseatend(environ, start_response):
     ok(start_response, ("Content-Length", "4"))
     yield b"all "
     raise ValueError("the application's own mistake")
+
 def do_late(environ, start_response):
     ok(start_response)
     yield b"one "
@@ -692,90 +1016,142 @@ def do_late(environ, start_response):
     except ValueError:
         start_response("500 Late", [], sys.exc_info())
     yield b"never seen"
+
 def do_nothing(environ, start_response):
     return [b"no start_response"]
+
 def do_twice(environ, start_response):
     ok(start_response)
     ok(start_response)
     return [b"twice"]
+
 def do_none(environ, start_response):
     ok(start_response)
+
 def do_str(environ, start_response):
     ok(start_response)
     return ["not bytes"]
+
 def do_sysexit(environ, start_response):
     sys.exit("an application that calls sys.exit()")
 '''
-GATE = "import os, time\nwhile os.path.exists('gate'):\n    time.sleep(0.01)\n"  # an import that takes its time
+
+# Put in front of an application, this is an import that takes until the file `gate` is gone.
+GATE = "import os, time\nwhile os.path.exists('gate'):\n    time.sleep(0.01)\n"
+
+# An application that does not import.
+BROKEN = "raise RuntimeError('this application does not import')\n"
+
+# An application whose own mistake looks like one in an ini file.
+OWN_FILE = """import configparser
+def factory(global_conf, **settings):
+    configparser.ConfigParser()['nosuch']
+"""
+
+# A sitecustomize.py that injects faults into the server. Each one is switched on by a file: forks
+# and threads that fail, a TERM in a child's first moment, and deaths that are noticed late.
 FAULTS = """
-import os, signal, threading, time
-fork, leave, waitpid, start = os.fork, os._exit, os.waitpid, threading.Thread.start
+import os
+import signal
+import threading
+import time
+
+real_fork = os.fork
+real_exit = os._exit
+real_waitpid = os.waitpid
+real_start = threading.Thread.start
+
 def faulty_fork():
     if os.path.exists('nofork'):
         raise BlockingIOError(11, 'no more processes')
-    pid = fork()
+    pid = real_fork()
     if pid == 0 and os.path.exists('killed'):
-        os.kill(os.getpid(), 15)
+        os.kill(os.getpid(), signal.SIGTERM)
     return pid
-def faulty_leave(status):
+
+def late_exit(status):
     if os.path.exists('slow'):
         signal.set_wakeup_fd(-1)
         os.closerange(3, 256)
         time.sleep(0.02)
-    leave(status)
-def faulty_waitpid(*arguments):
-    found = waitpid(*arguments)
+    real_exit(status)
+
+def late_waitpid(*arguments):
+    found = real_waitpid(*arguments)
     if found[0] == 0 and os.path.exists('slow'):
         time.sleep(0.05)
     return found
+
 def faulty_start(thread):
     if os.path.exists('nothread'):
         raise RuntimeError('no more threads')
-    start(thread)
-os.fork, os._exit, os.waitpid, threading.Thread.start = faulty_fork, faulty_leave, faulty_waitpid, faulty_start
-"""  # a sitecustomize: forks and threads that fail, a TERM in a child's first moment, deaths that are seen late
-BROKEN = "raise RuntimeError('this application does not import')\n"
-OWN_FILE = "import configparser\ndef factory(global_conf, **settings):\n    configparser.ConfigParser()['nosuch']\n"
+    real_start(thread)
+
+os.fork = faulty_fork
+os._exit = late_exit
+os.waitpid = late_waitpid
+threading.Thread.start = faulty_start
+"""
+
+# Put in front of an application, this is a thread that forks, even while the interpreter exits.
 FORKING = """
-import atexit, os, queue, threading
+import atexit
+import os
+import queue
+import threading
+
 jobs = queue.Queue()
+
 def work():
     while jobs.get():
         pid = os.fork()
         if not pid:
             os._exit(0)
         os.waitpid(pid, 0)
+
 thread = threading.Thread(target=work, daemon=True)
 thread.start()
+
 def end():
     for job in (True, True, False):
         jobs.put(job)
     thread.join()
+
 atexit.register(end)
-"""  # a thread that forks, even while the interpreter exits
+"""
 
 
-# ==== the invariants =================================================================================================
+# ==== the invariants ==============================================================================
 
-def told(worker):
-    """The worker has been told to drain: it has closed its listeners."""
-    return not ports_of(worker)
+
+def serve_with_faults(serve: Serve, folder: Path, **keys: object) -> Server:
+    """Start a server into which a file of the right name injects a fault, see FAULTS."""
+    (folder / "sitecustomize.py").write_text(FAULTS)
+    return serve(env={"PYTHONPATH": str(folder)}, **keys)
 
 
 def test_1_no_client_is_refused_or_reset_across_reloads(serve):
-    """Guards: the new are started before the old are told, the listener is kept, idle connections get a grace."""
+    """Guards: new workers start before old ones drain, the listener stays, the idle get a grace."""
+    reloads = 8
     server = serve()
-    with Load(server, keep=8, closing=4) as busy, Load(server, keep=40, closing=0, pause=0.5) as idle:
-        for _ in range(8):
+    busy = Load(server, keep=8, closing=4)
+    idle = Load(server, keep=40, closing=0, pause=0.5)
+    with busy, idle:
+        for _ in range(reloads):
             server.reload()
             busy.more(100)
-    assert busy.lost + idle.lost == []
-    assert set(busy.answered) == set(range(1, 10))
+    assert busy.lost == []
+    assert idle.lost == []
+    assert set(busy.answered) == set(range(1, 1 + reloads + 1))
 
 
-def test_1_nor_when_200_and_then_10000_sighups_come_in_a_row(serve):
-    """Guards: a SIGHUP during a reload is remembered; the last one's configuration and code win."""
+def test_1_nor_after_200_and_then_10000_sighups_in_a_row(serve):
+    """Guards: a SIGHUP during a reload is remembered; the last configuration and code win."""
     server = serve(workers=3)
+
+    def greetings():
+        return {server.get().json["greeting"] for _ in range(10)}
+
     with Load(server) as load:
         for number in range(200):
             server.write_app(APPLICATION + "#" * number)
@@ -784,47 +1160,62 @@ def test_1_nor_when_200_and_then_10000_sighups_come_in_a_row(serve):
             load.more(1)
         for _ in range(10_000):
             server.signal()
-        until(lambda: {server.get().json["greeting"] for _ in range(10)} == {"hello 199"}, "the newest configuration")
-        until(lambda: len(server.workers()) == 2 and not server.zombies(), "two workers and no zombie")
+        until(lambda: greetings() == {"hello 199"}, "the newest configuration")
+        until(lambda: len(server.workers()) == 2, "two workers")
+        until(lambda: not server.zombies(), "no zombie")
     assert load.lost == []
 
 
 def test_1_an_idle_connection_gets_its_grace(serve):
-    """Guards: idle_grace. Who speaks within it is answered, with Connection: close; who does not is closed."""
+    """Guards: idle_grace. A request within it is answered and its connection closed.
+
+    A connection that stays silent is closed when the grace is over.
+    """
     server = serve(workers=1, idle_grace=4)
-    fresh, speaks, silent = server.connect(), server.connect(), server.connect()
-    old = speaks.get().json["pid"]
+    new = server.connect()  # it has not sent anything before the reload
+    kept = server.connect()
+    silent = server.connect()
+    old = kept.get().json["pid"]
     assert silent.get().json["pid"] == old
     server.reload()
-    until(lambda: told(old))
-    for client in (speaks, fresh):  # fresh has connected, but never said anything before
+    until(lambda: drains(old))
+    for client in kept, new:
         answer = client.get()
-        assert answer.closes and answer.json["pid"] == old and client.ended()
+        assert answer.closes
+        assert answer.json["pid"] == old
+        assert client.ended()
     assert silent.ended()
     until(lambda: not alive(old))
 
 
 @pytest.mark.parametrize("why", ["idle_grace", "keepalive_timeout"])
 def test_1_a_connection_is_read_once_more_before_it_is_closed(serve, why):
-    """Guards: the last look. A request that came in time is answered, however late the worker gets to it."""
-    server = serve(workers=1, **{why: 3})
+    """Guards: the last look. A request in time is answered, however late the worker reads it."""
+    limit = 3  # seconds
+    server = serve(workers=1, **{why: limit})
     with server.connect() as client:
         worker = client.get().json["pid"]
         if why == "idle_grace":
             server.reload()
-            until(lambda: told(worker))
+            until(lambda: drains(worker))
         os.kill(worker, SIGSTOP)
         client.request("GET", "/overdue")
-        time.sleep(3.5)  # its time is over
+        time.sleep(limit + 0.5)
         os.kill(worker, SIGCONT)
         assert client.answer().json["pid"] == worker
 
 
 @pytest.mark.parametrize("how", ["a reload", "a graceful stop", "a worker's replacement"])
 def test_2_what_has_begun_is_answered_across(serve, how):
-    """Guards: the whole drain. In flight, pipelined, waiting for a thread, queued, half read, idle in its grace."""
+    """Guards: the whole drain.
+
+    One request is in flight and two are pipelined behind it, one waits for a thread, one is
+    queued, one is half read, and one comes on an idle connection in its grace.
+    """
     server = serve(workers=1, threads=1, idle_grace=20, header_timeout=60)
-    waiting, half, idle = server.connect(), server.connect(), server.connect()
+    waiting = server.connect()
+    half = server.connect()
+    idle = server.connect()
     waiting.get()
     idle.get()
     half.send(b"GET /half HTTP/1.1\r\nHo")
@@ -834,23 +1225,30 @@ def test_2_what_has_begun_is_answered_across(serve, how):
     queued.request("GET", "/queued")
     busy.request("GET", "/second")
     busy.request("GET", "/third")
+
     if how == "a reload":
         server.reload()
+    elif how == "a graceful stop":
+        server.signal(SIGTERM)
     else:
-        os.kill(server.pid if how == "a graceful stop" else busy.worker, SIGTERM)
-    until(lambda: told(busy.worker))
+        os.kill(busy.worker, SIGTERM)
+    until(lambda: drains(busy.worker))
     half.send(b"st: test\r\n\r\n")
     idle.request("GET", "/idle")
     if how != "a graceful stop":
-        assert queued.answer().json["pid"] != busy.worker, "the new worker has taken over while the old one is busy"
+        assert queued.answer().json["pid"] != busy.worker, "the new worker serves meanwhile"
     server.release("busy")
+
     answers = [busy.answer(), busy.answer(), busy.answer()]
     assert [answer.json["PATH_INFO"] for answer in answers] == ["/hold", "/second", "/third"]
-    assert answers[-1].closes and busy.ended()
+    assert answers[-1].closes
+    assert busy.ended()
     for client, path in (waiting, "/waiting"), (half, "/half"), (idle, "/idle"):
         answer = client.answer()
-        assert answer.json["PATH_INFO"] == path and answer.json["pid"] == busy.worker
-        assert answer.closes and client.ended()
+        assert answer.json["PATH_INFO"] == path
+        assert answer.json["pid"] == busy.worker
+        assert answer.closes
+        assert client.ended()
     if how == "a graceful stop":
         assert queued.answer().json["PATH_INFO"] == "/queued"
         assert server.process.wait(DEADLINE) == 0
@@ -859,71 +1257,94 @@ def test_2_what_has_begun_is_answered_across(serve, how):
         assert len(server.workers()) == 1
 
 
-@pytest.mark.parametrize("ahead", [b"GET /nap HTTP/1.1\r\nHost: test\r\n\r\n",
-                                   b"POST /nap HTTP/1.1\r\nHost: test\r\nContent-Length: 2\r\n\r\nxx"])
-def test_2_but_who_is_always_one_request_ahead_holds_no_worker(serve, ahead):
-    """Guards: one look for what has come behind. It is answered; what comes later meets a Connection: close."""
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET /nap HTTP/1.1\r\nHost: test\r\n\r\n",
+        b"POST /nap HTTP/1.1\r\nHost: test\r\nContent-Length: 2\r\n\r\nxx",
+    ],
+)
+def test_2_but_a_client_always_one_request_ahead_holds_no_worker(serve, request_bytes):
+    """Guards: a drain looks once for a pipelined request. The next answer closes."""
     server = serve(workers=1)
     with server.connect() as client:
-        client.send(ahead + ahead)
+        client.send(request_bytes + request_bytes)
         server.signal()
         end = time.monotonic() + DEADLINE
         while not client.answer().closes:
             assert time.monotonic() < end
             with contextlib.suppress(ConnectionError):
-                client.send(ahead)
+                client.send(request_bytes)
 
 
-def test_2_and_who_waited_for_a_thread_is_asked_too(serve):
-    """Guards: the look for what has come behind a request that was waiting when the drain began."""
+def test_2_and_a_request_behind_one_that_waited_for_a_thread_is_answered(serve):
+    """Guards: a drain looks for a pipelined request, also if the first one was waiting then."""
     server = serve(workers=1, threads=1)
     with server.connect() as client:
         assert client.get().status == 200
         held = server.hold("held")
         client.request("GET", "/first")
-        time.sleep(0.1)  # nothing outside tells when it has been read; were it too short, this would show less
+        # Let the worker read the first request. Nothing outside shows when it has. After too short
+        # a time it would read both at once, and the test would prove less.
+        time.sleep(0.1)
         client.request("GET", "/second")
         server.signal()
-        until(lambda: told(held.worker))
+        until(lambda: drains(held.worker))
         server.release("held")
         assert held.answer().status == 200
-        first, second = client.answer().json, client.answer().json
-        assert (first["PATH_INFO"], second["PATH_INFO"]) == ("/first", "/second") and client.ended()
+        assert client.answer().json["PATH_INFO"] == "/first"
+        assert client.answer().json["PATH_INFO"] == "/second"
+        assert client.ended()
 
 
 def test_2_long_requests_cross_two_reloads_whole(serve):
     """Guards: a drain has no limit of its own (drain_timeout = 0)."""
     server = serve(workers=1)
-    small, large, chunked, download = (server.connect(receive_buffer=4096) for _ in range(4))
+    small = server.connect()
+    large = server.connect()
+    chunked = server.connect()
+    download = server.connect(receive_buffer=4096)
+    size = b"POST /size HTTP/1.1\r\nHost: test\r\n"
     small.send(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 2000\r\n\r\n" + b"s" * 1000)
-    large.send(b"POST /size HTTP/1.1\r\nHost: test\r\nContent-Length: 2000000\r\n\r\n" + b"l" * 1000)
-    chunked.send(b"POST /size HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n" + b"c" * 100)
+    large.send(size + b"Content-Length: 2000000\r\n\r\n" + b"l" * 1000)
+    chunked.send(size + b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n" + b"c" * 100)
     download.request("GET", "/big?16000000")
     download.more()
-    held = server.hold("held")  # by now the worker has accepted them all
+    held = server.hold("held")  # the worker has accepted the others before this one
     server.reload()
     server.reload()
     assert server.get().json["hupserve.generation"] == 3
-    assert download.answer().body == b"0123456789abcdef" * 1000000
+    assert download.answer().body == b"0123456789abcdef" * 1_000_000
     assert small.send(b"s" * 1000).answer().json["body"] == "s" * 2000
-    assert large.send(b"l" * 1999000).answer().body == b"2000000"
-    assert chunked.send(b"c" * 900 + b"\r\n5\r\nhello\r\n0\r\n\r\n").answer().body == b"1005"
+    assert large.send(b"l" * 1_999_000).answer().body == b"2000000"
+    chunked.send(b"c" * 900 + b"\r\n5\r\nhello\r\n0\r\n\r\n")
+    assert chunked.answer().body == b"1005"
     assert alive(held.worker)
     server.release("held")
     assert held.answer().json["hupserve.generation"] == 1
     until(lambda: not alive(held.worker))
 
 
-@pytest.mark.parametrize("why", ["the application does not import", "a worker exits while it boots",
-                                 "a worker is never ready", "an address is taken"])
+ROLLED_BACK = [
+    "the application does not import",
+    "a worker exits while it boots",
+    "a worker is never ready",
+    "an address is taken",
+]
+
+
+@pytest.mark.parametrize("why", ROLLED_BACK)
 def test_3_a_reload_commits_whole_or_changes_nothing(serve, why):
     """Guards: ready before commit; new addresses listen at the commit only; the roll-back."""
     server = serve(boot_timeout=20)
     server.tracebacks = True
-    before, workers, new = descriptors(server.pid), server.workers(), free_port()
-    changes = {"listen": f"127.0.0.1:0 127.0.0.1:{new}", "workers": 3, "boot_timeout": 20,
-               "sections": server.APP.replace("hello", "good bye")}
-    mistake = {}
+    held_by_master = descriptors(server.pid)
+    workers = server.workers()
+    new_port = free_port()
+    listen = f"127.0.0.1:0 127.0.0.1:{new_port}"
+    sections = server.APP.replace("hello", "good bye")
+    good = {"sections": sections, "listen": listen, "workers": 3, "boot_timeout": 20}
+    bad = dict(good)
     with Load(server) as load, socket.socket() as taken:
         if why == "the application does not import":
             server.write_app(BROKEN + APPLICATION)
@@ -931,51 +1352,76 @@ def test_3_a_reload_commits_whole_or_changes_nothing(serve, why):
             server.write_app("import os\nos._exit(3)\n" + APPLICATION)
         elif why == "a worker is never ready":
             server.write_app(GATE + APPLICATION)
-            server.release("gate")
-            mistake["boot_timeout"] = 1
+            server.touch("gate")
+            bad["boot_timeout"] = 1
         else:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
-            mistake["listen"] = f"127.0.0.1:0 127.0.0.1:{new} 127.0.0.1:{taken.getsockname()[1]}"
+            bad["listen"] = f"{listen} 127.0.0.1:{taken.getsockname()[1]}"
         for _ in range(2):  # the next SIGHUP tries again
-            server.reload("reload rolled back: .+", **{**changes, **mistake})
-            assert refused(new)
+            server.reload_fails("reload rolled back: .+", **bad)
+            assert refused(new_port)
             until(lambda: server.workers() == workers, "the new workers to be gone")
-            until(lambda: descriptors(server.pid) == before, "the master to hold what it held")
+            until(
+                lambda: descriptors(server.pid) == held_by_master,
+                "the master to hold what it held",
+            )
         assert set(load.more()) == {1}
         assert server.get().json["greeting"] == "hello"
 
         server.write_app(APPLICATION + "# mended\n")
-        server.reload(**changes)
-        assert server.get().json["greeting"] == "good bye" and not refused(new)
+        server.reload(**good)
+        assert server.get().json["greeting"] == "good bye"
+        assert not refused(new_port)
         until(lambda: len(server.workers()) == 3)
     assert load.lost == []
-    assert ("RuntimeError: this application" in server.log()) == (why == "the application does not import")
+    if why == "the application does not import":
+        assert "RuntimeError: this application" in server.log()
+    else:
+        assert "RuntimeError: this application" not in server.log()
 
 
-def test_3_nor_does_an_error_that_cannot_be_told_make_a_second_master(serve):
-    """Guards: the end of a child, whatever happens in it."""
+UNPRINTABLE_ERROR = """
+class Worse(OSError):
+    def __str__(self):
+        raise OSError('worse')
+raise Worse
+"""
+
+
+def test_3_an_error_that_cannot_be_printed_makes_no_second_master(serve):
+    """Guards: a child ends as a child, whatever happens in it."""
     server = serve()
     server.tracebacks = True
     workers = server.workers()
-    server.write_app("class Worse(OSError):\n    def __str__(self):\n        raise OSError('worse')\nraise Worse\n")
-    server.reload("reload rolled back: .+")
+    server.write_app(UNPRINTABLE_ERROR)
+    server.reload_fails("reload rolled back: .+")
     until(lambda: server.workers() == workers, "the new workers to be gone")
     assert "cannot start a worker" not in server.log()
 
 
+SECOND_IMPORT_WAITS = """
+import os, time
+try:
+    os.mkdir('first')
+except FileExistsError:
+    while not os.path.exists('go'):
+        time.sleep(0.01)
+"""
+
+
 def test_4_no_old_worker_drains_before_every_new_one_is_ready(serve):
-    """Guards: the commit waits for all. One new worker is ready, the other still imports: nothing has changed."""
+    """Guards: the commit waits for all workers. While one still imports, nothing has changed."""
     server = serve(workers=2)
-    server.write_app("import os, time\ntry:\n    os.mkdir('first')\nexcept FileExistsError:\n"
-                     "    while not os.path.exists('go'):\n        time.sleep(0.01)\n" + APPLICATION)
+    server.write_app(SECOND_IMPORT_WAITS + APPLICATION)
     with Load(server) as load, server.connect() as client:
         client.get()
         server.signal()
-        until(lambda: len(server.log("imports").split()) == 3, "one new worker to have imported")
+        until(lambda: len(server.log("imports").split()) == 2 + 1, "one new worker to import")
         assert set(load.more(300)) == {1}
-        assert not client.get().closes and "generation 2" not in server.log()
-        server.release("go")
+        assert not client.get().closes
+        assert "generation 2" not in server.log()
+        server.touch("go")
         server.wait_log("generation 2 serves with 2 workers")
         assert client.get().closes
         until(lambda: load.more(10)[-1] == 2)
@@ -983,7 +1429,7 @@ def test_4_no_old_worker_drains_before_every_new_one_is_ready(serve):
 
 
 def test_4_an_old_worker_is_told_once(serve):
-    """Guards: the order's being given once. Later reloads do not give an idle connection its grace anew."""
+    """Guards: the order is given once. Later reloads do not start an idle client's grace again."""
     server = serve(workers=1, idle_grace=2)
     with server.connect() as client:
         client.get()
@@ -997,7 +1443,10 @@ def test_4_an_old_worker_is_told_once(serve):
 
 
 def test_5_the_counter_is_exact_and_a_worker_leaves_only_at_zero(serve):
-    """Guards: one writer. Every hand-over is counted, every hand-back taken off, whatever the request comes to."""
+    """Guards: one writer. Every hand-over is counted and every hand-back is taken off.
+
+    That holds however the request ends.
+    """
     server = serve(Server.STATUS, workers=1, threads=8)
     server.tracebacks = True
 
@@ -1005,26 +1454,30 @@ def test_5_the_counter_is_exact_and_a_worker_leaves_only_at_zero(serve):
         [worker] = [worker for worker in server.status() if worker["generation"] == 1]
         return worker["in_flight"]
 
+    def is_in_flight(number):
+        return lambda: in_flight() == number
+
     with Load(server) as load:
         for path in ("/raise", "/short", "/endless?gone", "/raisemidway", "/crlf"):
-            with server.connect() as client:  # and it does not wait for the end of the answer
+            with server.connect() as client:  # it leaves before the answer is whole
                 client.request("GET", path)
                 client.more()
         load.more(500)
-    until(lambda: in_flight() == 1, "nothing but the status request itself to be in flight")
+    until(is_in_flight(1), "nothing but the status request itself to be in flight")
     held = [server.hold(f"held{number}") for number in range(4)]
-    until(lambda: in_flight() == 5)
+    until(is_in_flight(4 + 1))
     server.reload()
     for number, client in enumerate(held):
-        until(lambda: in_flight() == 4 - number)
+        until(is_in_flight(4 - number))  # another worker answers the status request now
         assert alive(client.worker)
         server.release(f"held{number}")
-        assert client.answer().status == 200 and client.ended()
+        assert client.answer().status == 200
+        assert client.ended()
     until(lambda: not alive(held[0].worker))
 
 
 def test_6_a_TERM_is_heard_in_a_flood_of_HUPs(serve):
-    """Guards: flags beside the wake-up bytes: a pipe full of HUPs has no room for the byte of a TERM."""
+    """Guards: flags beside the wake-up bytes. A pipe full of HUPs drops the byte of a TERM."""
     server = serve()
     for _ in range(100_000):
         server.signal(SIGHUP)
@@ -1032,19 +1485,20 @@ def test_6_a_TERM_is_heard_in_a_flood_of_HUPs(serve):
 
 
 def test_6_HUPs_during_a_reload_are_remembered_once(serve):
-    """Guards: a flag is not a queue; it is looked at when a reload ends, not when something else wakes the master."""
+    """Guards: a flag is not a queue. The master looks at it as soon as a reload ends."""
     server = serve(workers=1)
-    server.hold("held")  # the old worker stays
+    server.hold("held")  # keeps the old worker
     server.write_app(GATE + APPLICATION)
-    server.release("gate")
+    server.touch("gate")
     server.signal()
     until(lambda: len(server.workers()) == 2, "the new worker to import")
     for _ in range(200):
         server.signal()
-    (server.folder / "gate").unlink()
+    server.remove("gate")
     server.wait_log("generation 3 serves")
-    time.sleep(1)  # for a queue to show
-    assert server.reload() == 4 and len(server.log("imports").split()) == 4
+    time.sleep(1)  # in which a queue would show
+    assert server.reload() == 4
+    assert len(server.log("imports").split()) == 4
     server.release("held")
 
 
@@ -1053,84 +1507,95 @@ def test_7_a_worker_that_still_loads_dies_of_TERM_at_once(serve):
     server = serve(workers=1)
     old = server.workers()
     server.write_app(GATE + APPLICATION)
-    server.release("gate")
+    server.touch("gate")
     server.signal()
     [new] = until(lambda: server.workers() - old, "the new worker")
     os.kill(new, SIGTERM)
     server.wait_log("reload rolled back: .+")
-    assert server.workers() == old and server.get().status == 200
+    assert server.workers() == old
+    assert server.get().status == 200
 
 
 def test_7_no_signal_is_lost_around_a_fork(serve, folder):
-    """Guards: signals are blocked around fork. A TERM in a child's first moment does not go to the master's handler."""
-    (folder / "sitecustomize.py").write_text(FAULTS)
-    server = serve(env={"PYTHONPATH": str(folder)})
-    server.release("killed")
-    server.reload("reload rolled back: .*signal 15.*")
+    """Guards: signals are blocked around fork.
+
+    Otherwise a TERM in a child's first moment would run the master's handler.
+    """
+    server = serve_with_faults(serve, folder)
+    server.touch("killed")
+    server.reload_fails("reload rolled back: .*signal 15.*")
     until(lambda: len(server.workers()) == 2, "the other to end")
     assert server.get().json["hupserve.generation"] == 1
-    (folder / "killed").unlink()
+    server.remove("killed")
     server.reload()
 
 
 def test_7_no_death_is_missed(serve, folder):
-    """Guards: the bell is answered before the dead are looked for. Else one that dies in between is never seen."""
-    (folder / "sitecustomize.py").write_text(FAULTS)
-    server = serve(env={"PYTHONPATH": str(folder)}, workers=1)
-    server.release("slow")
+    """Guards: the master empties the bell before it looks for dead children.
+
+    In the other order a child that dies in between would never be noticed.
+    """
+    server = serve_with_faults(serve, folder, workers=1)
+    server.touch("slow")
     server.stop()
 
 
-def test_7_a_TERM_for_everybody_while_they_fork_ends_them_all(serve):
+def test_7_a_TERM_to_the_whole_group_during_a_fork_ends_everybody(serve):
     server = serve(workers=4)
     for _ in range(5):
         workers = server.workers()
         server.signal(SIGHUP)
-        until(lambda: server.workers() != workers, "a fork")
+        until(lambda workers=workers: server.workers() != workers, "a fork")
         os.killpg(server.pid, SIGTERM)
         assert server.process.wait(DEADLINE) == 0
         until(lambda: not server.others())
         server.stderr.unlink()
-        server.port = None
+        server.port = 0  # the next server has another
         server.start()
 
 
 def test_7_a_worker_does_not_ring_the_masters_bell(serve):
-    """Guards: the wake-up descriptor is replaced in the child. A worker's HUP is its own: one log line, no reload."""
+    """Guards: the wake-up descriptor is replaced in the child.
+
+    A HUP to a worker is its own: it logs one line, and there is no reload.
+    """
     server = serve()
     workers = server.workers()
     for worker in workers:
-        os.kill(worker, SIGHUP)  # while it is idle: nothing else would wake it
+        os.kill(worker, SIGHUP)  # the worker is idle, so nothing else would wake it
     until(lambda: server.log().count("SIGHUP without an order") == 2)
     with Load(server) as load:
         for worker in workers:
             os.kill(worker, SIGINT)
         load.more()
-    assert load.lost == [] and "generation 2" not in server.log() and server.workers() == workers
+    assert load.lost == []
+    assert "generation 2" not in server.log()
+    assert server.workers() == workers
 
 
 def test_8_workers_outlive_no_master(serve):
-    """Guards: the line's end. The master is killed: what is in flight is finished, and the port is free."""
+    """Guards: the line's end. The master is killed; its workers finish and free the port."""
     server = serve()
     held = server.hold("held")
     server.process.kill()
     server.process.wait()
-    until(lambda: told(held.worker))
+    until(lambda: drains(held.worker))
     until(lambda: refused(server.port))
     server.release("held")
     answer = held.answer()
-    assert answer.status == 200 and answer.closes
+    assert answer.status == 200
+    assert answer.closes
     until(lambda: not server.others(), "the workers to leave")
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", server.port))
 
 
-def test_8_nor_does_a_worker_that_still_loads(serve):
+def test_8_nor_do_workers_that_still_load(serve):
     """Guards: SIGIO. A worker in an import cannot look at its line, and would hold the port."""
     server = serve(workers=1)
     server.write_app(GATE + APPLICATION)
-    server.release("gate")
+    server.touch("gate")
     server.signal()
     until(lambda: len(server.workers()) == 2, "the new worker to import")
     server.process.kill()
@@ -1139,40 +1604,52 @@ def test_8_nor_does_a_worker_that_still_loads(serve):
 
 
 def test_9_a_worker_that_dies_is_replaced(serve):
-    """Guards: reap and spawn. The replacement runs the code on the disk under its generation's configuration."""
+    """Guards: reap and spawn.
+
+    The replacement runs the code on the disk under the configuration of its generation.
+    """
     server = serve(workers=1)
     server.write(server.APP.replace("hello", "not yet"), workers=3)
     server.write_app(APPLICATION.replace('"pid": os', '"code": "new", "pid": os'))
     [old] = server.workers()
     os.kill(old, SIGKILL)
     answer = server.get().json
-    assert (answer["code"], answer["greeting"], answer["hupserve.generation"]) == ("new", "hello", 1)
-    assert "replaced" in server.log() and len(server.workers()) == 1
+    assert answer["code"] == "new"
+    assert answer["greeting"] == "hello"
+    assert answer["hupserve.generation"] == 1
+    assert "replaced" in server.log()
+    assert len(server.workers()) == 1
     with contextlib.suppress(Cut, ConnectionResetError):
-        server.get("/exit")  # it ends itself in the middle of a request
+        server.get("/exit")  # the worker ends in the middle of the request
     assert server.get().json["pid"] not in (old, answer["pid"])
 
 
+CRASHING = """
+import os, threading
+if os.path.exists('crash'):
+    threading.Timer(0.2, os._exit, (3,)).start()
+"""
+
+
 def test_9_a_crash_loop_backs_off(serve):
-    """Guards: 0, 0.2, 0.4 ... 5 s between replacements; the other worker serves on."""
-    server = serve(workers=2, code="import os, threading\nif os.path.exists('crash'):\n"
-                                   "    threading.Timer(0.2, os._exit, (3,)).start()\n" + APPLICATION)
-    server.release("crash")
+    """Guards: 0, 0.2, 0.4 ... 5 s between replacements. The other worker serves on."""
+    server = serve(workers=2, code=CRASHING + APPLICATION)
+    server.touch("crash")
     with server.connect() as client:
         healthy = client.get().json["pid"]
         [other] = server.workers() - {healthy}
         began = time.monotonic()
         os.kill(other, SIGKILL)
-        while len(server.log("imports").split()) < 2 + 5:
+        while len(server.log("imports").split()) < 2 + 5:  # until the fifth replacement
             assert client.get().json["pid"] == healthy
             assert time.monotonic() < began + DEADLINE
         assert time.monotonic() - began > 0.2 + 0.4 + 0.8 + 1.6
-    (server.folder / "crash").unlink()
+    server.remove("crash")
     until(lambda: server.get().json["pid"] != healthy, "the mended worker to serve")
 
 
 def test_9_a_worker_told_by_somebody_else_is_replaced_at_that_moment(serve):
-    """Guards: the worker says on its line that it drains. It is replaced at once, and not at its end."""
+    """Guards: the worker says on its line that it leaves. It is replaced then, not at its end."""
     server = serve(workers=1)
     held = server.hold("held")
     os.kill(held.worker, SIGTERM)
@@ -1184,62 +1661,107 @@ def test_9_a_worker_told_by_somebody_else_is_replaced_at_that_moment(serve):
 
 
 def test_10_a_slow_client_costs_no_thread(serve):
-    """Guards: heads and small bodies are received by the main thread. Two threads, 700 slow clients, no delay."""
+    """Guards: the main thread receives heads and small bodies.
+
+    There are two threads and 700 slow clients, and nobody else is delayed.
+    """
     server = serve(workers=1, threads=2, header_timeout=120)
-    with contextlib.ExitStack() as stack:
-        silent, idle, heads, bodies = ([stack.enter_context(server.connect()) for _ in range(number)]
-                                       for number in (200, 200, 200, 100))
-        for client in idle:
-            client.get()
-        for client in heads:
-            client.send(b"GET /slow HTTP/1.1\r\nHo")
-        for client in bodies:
-            client.send(b"POST /slow HTTP/1.1\r\nHost: test\r\nContent-Length: 60000\r\n\r\n" + b"b" * 100)
-        for _ in range(50):
-            assert server.get().status == 200
-        for client in heads:
-            assert client.send(b"st: test\r\n\r\n").answer().json["PATH_INFO"] == "/slow"
-        for client in bodies:
-            assert client.send(b"b" * 59900).answer().json["body"] == "b" * 60000
-        for client in silent + idle:
-            assert client.get().status == 200
+    silent = [server.connect() for _ in range(200)]
+    idle = [server.connect() for _ in range(200)]
+    heads = [server.connect() for _ in range(200)]
+    bodies = [server.connect() for _ in range(100)]
+    for client in idle:
+        client.get()
+    for client in heads:
+        client.send(b"GET /slow HTTP/1.1\r\nHo")
+    for client in bodies:
+        client.send(b"POST /slow HTTP/1.1\r\nHost: test\r\nContent-Length: 60000\r\n\r\n")
+        client.send(b"b" * 100)
+    for _ in range(50):
+        assert server.get().status == 200
+    for client in heads:
+        assert client.send(b"st: test\r\n\r\n").answer().json["PATH_INFO"] == "/slow"
+    for client in bodies:
+        assert client.send(b"b" * 59_900).answer().json["body"] == "b" * 60_000
+    for client in silent + idle:
+        assert client.get().status == 200
 
 
+class Refused(NamedTuple):
+    """A request that ends its connection while unread bytes are still coming."""
+
+    head: str  # | stands for CR LF
+    rest: bytes  # sent behind it
+    status: int
+    least_size: int  # bytes of the answer's body
+
+
+MAX_BODY = 1_000_000
 CHUNK = b"ffff\r\n" + b"x" * 0xFFFF + b"\r\n"
-CLOSING = {  # the head, what is sent behind it, the status and the size of what must arrive whole nevertheless
-    "pipelined": ("GET /big?999999 HTTP/1.1|Host: a|Connection: close||", b"GET / HTTP/1.1\r\n" * 5000, 200, 999984),
-    "a long upload": ("POST / HTTP/1.1|Host: a|Content-Length: 4000000||", b"x" * 4000000, 413, 0),
-    "a long chunked one": ("POST / HTTP/1.1|Host: a|Transfer-Encoding: chunked||", CHUNK * 60 + b"0\r\n\r\n", 413, 0),
-    "an unread upload": ("POST /unread HTTP/1.1|Host: a|Content-Length: 900000||", b"x" * 900000, 200, 8),
-    "a refused head": ("GET / HTTP/1.1|Host : a||", b"x" * 1000000, 400, 0),
+CLOSING = {
+    "pipelined": Refused(
+        "GET /big?999999 HTTP/1.1|Host: a|Connection: close||",
+        rest=b"GET / HTTP/1.1\r\n" * 5000,
+        status=200,
+        least_size=999_984,
+    ),
+    "a long upload": Refused(
+        "POST / HTTP/1.1|Host: a|Content-Length: 4000000||",
+        rest=b"x" * 4_000_000,
+        status=413,
+        least_size=0,
+    ),
+    "a long chunked one": Refused(
+        "POST / HTTP/1.1|Host: a|Transfer-Encoding: chunked||",
+        rest=CHUNK * 60 + b"0\r\n\r\n",
+        status=413,
+        least_size=0,
+    ),
+    "an unread upload": Refused(
+        "POST /unread HTTP/1.1|Host: a|Content-Length: 900000||",
+        rest=b"x" * 900_000,
+        status=200,
+        least_size=len("not read"),
+    ),
+    "a refused head": Refused(
+        "GET / HTTP/1.1|Host : a||", rest=b"x" * 1_000_000, status=400, least_size=0
+    ),
 }
 
 
 @pytest.mark.parametrize("what", CLOSING)
 def test_11_no_answer_is_lost_to_a_reset_of_our_own(serve, what):
-    """Guards: the sending side is shut down first and input discarded until its end."""
-    head, rest, status, size = CLOSING[what]
-    server = serve(max_body=1000000)
+    """Guards: the sending side is shut down first, and input is discarded until its end."""
+    row = CLOSING[what]
+    request = row.head.replace("|", "\r\n").encode() + row.rest
+    server = serve(max_body=MAX_BODY)
     for _ in range(20):
         with server.connect() as client:
-            answer = client.send(head.replace("|", "\r\n").encode() + rest).answer()
-            assert answer.status == status and len(answer.body) >= size
+            answer = client.send(request).answer()
+            assert answer.status == row.status
+            assert len(answer.body) >= row.least_size
             assert client.ended()
 
 
 def test_11_nor_to_what_comes_after_the_last_answer(serve):
-    """Guards: a long answer, most of which is still on its way, is not the end of the connection."""
+    """Guards: the connection lingers while most of a long answer is still on its way."""
+    size = 320_000
     server = serve(access_log="-")
+
+    def disturb():
+        client.send(b"too late")
+        return server.get("/").status == 200 and "GET / " in server.log()
+
     with Client(server.port, receive_buffer=4096) as client:
-        client.request("GET", "/big?320000", b"", "Connection: close")
+        client.request("GET", f"/big?{size}", b"", "Connection: close")
         server.wait_log("GET /big")
-        until(lambda: client.send(b"too late") and server.get("/").status == 200 and "GET / " in server.log())
+        until(disturb)
         client.send(b"and later")
-        assert len(client.answer().body) == 320000
+        assert len(client.answer().body) == size
 
 
 def test_11_but_discards_for_two_seconds_at_most(serve):
-    """Guards: the end of the lingering: a client that goes on sending is not listened to for ever."""
+    """Guards: the end of the lingering. A client that goes on sending is not read for ever."""
     server = serve(max_body=1000)
     with server.connect() as client:
         client.send(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 4000000\r\n\r\n")
@@ -1253,95 +1775,132 @@ def test_11_but_discards_for_two_seconds_at_most(serve):
 
 
 def test_12_an_applications_child_dies_of_a_TERM_at_once(serve):
-    """Guards: signals wait until the child has its own handlers, or the worker's would swallow this one."""
+    """Guards: signals stay blocked until the child has its own handlers.
+
+    Otherwise the worker's handler would swallow this one.
+    """
     server = serve(workers=1)
     assert server.get("/terminate").body == b"ended"
 
 
 def test_12_a_child_keeps_no_descriptor_that_is_not_its_generations(serve):
-    """Guards: what a fork inherits is closed. Listeners, lines, bells and selectors of others."""
+    """Guards: a worker closes the listeners, lines, bells and selectors that are not its own."""
     server = serve(workers=2)
 
     def kinds(pid):
+        """Count the descriptors by their kind: socket, pipe, anon_inode or a path."""
         return collections.Counter(link.split(":")[0] for link in descriptors(pid))
 
-    first, master, added = kinds(min(server.workers())), kinds(server.pid), free_port()
+    def new_workers():
+        return server.workers() - {old.worker}
+
+    def hold_what_the_first_held():
+        return [kinds(pid) for pid in new_workers()] == [first, first]
+
+    first = kinds(min(server.workers()))
+    master = kinds(server.pid)
+    added = free_port()
     old = server.hold("old")  # a worker of generation 1 lives as long as the test
     kept = server.keys["listen"]
     server.reload(listen=f"{kept} 127.0.0.1:{added}")
     assert ports_of(server.pid) == {server.port, added}
     for _ in range(2):
         server.reload(listen=kept)
-        until(lambda: len(server.workers()) == 3)
-        new = server.workers() - {old.worker}
-        assert [ports_of(pid) for pid in new] == [{server.port}] * 2 == [ports_of(server.pid)] * 2
-        until(lambda: [kinds(pid) for pid in new] == [first] * 2, "them to hold what the first ones held")
-    os.kill(min(new), SIGKILL)
-    replacement = until(lambda: (len(server.workers()) == 3) and server.workers() - new - {old.worker})
-    until(lambda: [kinds(pid) for pid in replacement] == [first], "so does a replacement")
+        until(lambda: len(new_workers()) == 2)
+        for pid in [server.pid, *new_workers()]:
+            assert ports_of(pid) == {server.port}
+        until(hold_what_the_first_held, "the new to hold what the first ones held")
+    killed = min(new_workers())
+    os.kill(killed, SIGKILL)
+    until(lambda: killed not in new_workers() and len(new_workers()) == 2, "a replacement")
+    until(hold_what_the_first_held, "the replacement to hold what the first ones held")
     server.release("old")
     old.answer()
-    until(lambda: kinds(server.pid) == master, "and the master what it held")
+    until(lambda: kinds(server.pid) == master, "the master to hold what it held")
 
 
 def test_12_an_applications_children_keep_none_and_block_nothing(serve):
-    """Guards: os.register_at_fork closes the connections, and no signal stays blocked or ignored for a child."""
+    """Guards: os.register_at_fork closes the connections.
+
+    No signal stays blocked or ignored for a child.
+    """
     server = serve()
     with server.connect() as idle:
         idle.get()
         held = server.hold("held")
         signals = server.get("/children").json
-        assert not re.search("socket:|pipe:", server.log("child")) and server.log("child")
+        assert server.log("child")
+        assert not re.search("socket:|pipe:", server.log("child"))
         assert int(signals["SigBlk"], 16) == 0
-        mask = sum(1 << number - 1 for number in (SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, signal.SIGCHLD))
-        assert int(signals["SigIgn"], 16) & mask == 0
+        ignored = int(signals["SigIgn"], 16)
+        for number in SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, signal.SIGCHLD:
+            assert not ignored & 1 << number - 1, number
         server.release("held")
-        assert held.answer().status == idle.get().status == 200
+        assert held.answer().status == 200
+        assert idle.get().status == 200
 
 
-def test_12_nor_does_a_fork_wait_for_a_worker_that_leaves(serve):
-    """Guards: the lock that keeps forks away from a half-done accept is let go of at the end."""
+def test_12_a_fork_does_not_wait_for_a_worker_that_leaves(serve):
+    """Guards: the lock that keeps forks away from a half-done accept is released at the end."""
     serve(code=FORKING + APPLICATION).stop()
 
 
+def in_shell(command: str) -> list[str]:
+    """A Server's prefix that runs this shell command first."""
+    return ["sh", "-c", f'{command}; exec "$@"', "sh"]
+
+
+OUT_OF_DESCRIPTORS = "(?i)descriptor|open files"  # how the log says so
+
+
 def test_13_out_of_descriptors_is_a_pause_and_never_a_spin(serve):
-    """Guards: accept's EMFILE is answered by a pause. 48 descriptors, 200 clients."""
-    server = serve(prefix=["sh", "-c", 'ulimit -n 48; exec "$@"', "sh"], header_timeout=120)
+    """Guards: accept's EMFILE is answered by a pause. 200 clients come to 48 descriptors."""
+    server = serve(prefix=in_shell("ulimit -n 48"), header_timeout=120)
+    seconds = 3
 
     def cpu():
         return sum(process.cpu for process in processes() if process.session == server.pid)
 
-    with contextlib.ExitStack() as stack:
-        clients = []
-        for _ in range(200):  # half a request each, so that there is no idle connection to be closed instead
-            clients.append(stack.enter_context(server.connect()).send(b"GET / HTTP/1.1\r\nHo"))
-        server.wait_log("(?i)descriptor|open files")
-        pids, before = server.others(), cpu()
-        time.sleep(3)
-        assert cpu() - before < 0.1 * 3
-        assert len(re.findall("(?i)descriptor|open files", server.log())) <= 2, "logged once per worker, not per try"
-        for client in clients[:150]:
-            client.close()
-        for client in clients[150:]:
-            assert client.send(b"st: test\r\n\r\n").answer().status == 200
-    assert server.get().status == 200 and server.others() == pids
+    clients = [server.connect() for _ in range(200)]
+    for client in clients:  # half a request each: an idle connection would make room for another
+        client.send(b"GET / HTTP/1.1\r\nHo")
+    server.wait_log(OUT_OF_DESCRIPTORS)
+    pids = server.others()
+    before = cpu()
+    time.sleep(seconds)
+    assert cpu() - before < 0.1 * seconds
+    lines = re.findall(OUT_OF_DESCRIPTORS, server.log())
+    assert len(lines) <= 2, "each worker logs it once, not at each try"
+    for client in clients[:150]:
+        client.close()
+    for client in clients[150:]:
+        assert client.send(b"st: test\r\n\r\n").answer().status == 200
+        client.close()
+    assert server.get().status == 200
+    assert server.others() == pids
 
 
 def test_13_nor_does_it_keep_a_request_from_its_thread(serve):
     """Guards: accept's pause is no pause of the threads."""
-    server = serve(workers=1, header_timeout=120, prefix=["sh", "-c", 'ulimit -n 64; exec "$@"', "sh"])
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.connect()).send(b"GET /sleep?2 HTTP/1.1\r\nHo") for _ in range(90)]
-        server.wait_log("open files")
-        for client in clients[:6]:
-            client.send(b"st: test\r\n\r\n")
-        until(lambda: len(os.listdir(f"/proc/{min(server.workers())}/task")) >= 7, "six requests in flight")
-        assert {client.answer().status for client in clients[:6]} == {200}
+    server = serve(workers=1, header_timeout=120, prefix=in_shell("ulimit -n 64"))
+    [worker] = server.workers()
+    clients = [server.connect() for _ in range(90)]
+    for client in clients:
+        client.send(b"GET /sleep?2 HTTP/1.1\r\nHo")
+    server.wait_log("open files")
+    requests = clients[:6]
+    for client in requests:
+        client.send(b"st: test\r\n\r\n")
+    until(
+        lambda: len(os.listdir(f"/proc/{worker}/task")) >= 1 + len(requests),
+        "all the requests to have a thread",
+    )
+    assert {client.answer().status for client in requests} == {200}
 
 
-def test_13_nor_is_it_a_reset_of_those_who_are_queued_at_a_stop(serve):
+def test_13_nor_does_it_reset_the_clients_queued_at_a_stop(serve):
     """Guards: a queue that nobody takes over is emptied when there are descriptors again."""
-    server = serve(workers=1, threads=1, prefix=["sh", "-c", 'ulimit -n 48; exec "$@"', "sh"])
+    server = serve(workers=1, threads=1, prefix=in_shell("ulimit -n 48"))
     busy = server.hold("busy")
     queued = [server.connect() for _ in range(100)]
     for client in queued:
@@ -1354,57 +1913,66 @@ def test_13_nor_is_it_a_reset_of_those_who_are_queued_at_a_stop(serve):
 
 
 def test_13_a_fork_that_fails_is_a_pause_and_never_a_crash(serve, folder):
-    """Guards: the OSError of os.fork, injected here into the real process: no signal is lost, no worker forgotten."""
-    (folder / "sitecustomize.py").write_text(FAULTS)
-    server = serve(env={"PYTHONPATH": str(folder)})
-    server.release("nofork")
-    workers = server.workers()
-    os.kill(min(workers), SIGKILL)
+    """Guards: os.fork's OSError, injected into the real process.
+
+    No signal is lost and no worker is forgotten.
+    """
+    server = serve_with_faults(serve, folder)
+    server.touch("nofork")
+    killed, other = sorted(server.workers())
+    os.kill(killed, SIGKILL)
     with server.connect() as client:
-        assert client.get().json["pid"] == max(workers)
+        assert client.get().json["pid"] == other
         server.wait_log("no more processes")
         time.sleep(2)  # a few pauses
-        assert server.workers() == {max(workers)} and server.log().count("no more processes") == 1
-        assert {process.pid: process.cpu for process in processes()}[server.pid] < 1
-        (server.folder / "nofork").unlink()
+        assert server.workers() == {other}
+        assert server.log().count("no more processes") == 1
+        [cpu] = [process.cpu for process in processes() if process.pid == server.pid]
+        assert cpu < 1
+        server.remove("nofork")
         until(lambda: len(server.workers()) == 2)
-        server.release("nofork")
+
+        server.touch("nofork")
         since = len(server.log())
         server.signal(SIGHUP)
         server.wait_log("no more processes", since)
         assert not client.get().closes
-        (server.folder / "nofork").unlink()
-        until(lambda: "generation 2 serves" in server.log() or "rolled back" in server.log())
+        server.remove("nofork")
+        until(lambda: re.search("generation 2 serves|rolled back", server.log()))
         server.reload()
     assert server.get().json["hupserve.generation"] >= 2
 
 
-def test_13_nor_is_a_thread_that_cannot_be_started(serve, folder):
-    """Guards: the RuntimeError of Thread.start, injected: who waits is answered when there is one again."""
-    (folder / "sitecustomize.py").write_text(FAULTS)
-    server = serve(workers=1, env={"PYTHONPATH": str(folder)})
-    busy = server.hold("busy")
-    server.release("nothread")
+def test_13_a_thread_that_cannot_be_started_is_a_pause_too(serve, folder):
+    """Guards: Thread.start's RuntimeError, injected into the real process.
+
+    The waiting client is answered when a thread is free again.
+    """
+    server = serve_with_faults(serve, folder, workers=1)
     workers = server.workers()
+    busy = server.hold("busy")
+    server.touch("nothread")
     with server.connect() as client:
         client.request("GET", "/")
         server.wait_log("no more threads")
         time.sleep(1.2)  # a few pauses
         assert server.log().count("no more threads") == 1
-        (server.folder / "nothread").unlink()
+        server.remove("nothread")
         assert client.answer().status == 200
     server.release("busy")
-    assert busy.answer().status == 200 and server.workers() == workers
+    assert busy.answer().status == 200
+    assert server.workers() == workers
 
 
-# ==== the reload =====================================================================================================
+# ==== the reload ==================================================================================
+
 
 def test_reload_changes_the_number_of_workers(serve):
     server = serve()
     with Load(server) as load:
         for number in (5, 1, 3):
             server.reload(workers=number)
-            until(lambda: len(server.workers()) == number)
+            until(lambda number=number: len(server.workers()) == number)
             load.more()
     assert load.lost == []
 
@@ -1422,19 +1990,27 @@ def test_reload_changes_the_number_of_threads(serve):
 
 
 def test_reload_adds_keeps_and_drops_addresses(serve):
-    """A kept address is the same socket, the queue of a dropped one is served, an added one answers at the commit."""
-    first, second = free_port(), free_port()
+    """A kept address keeps its socket, and a dropped one's queue is served.
+
+    An added address answers from the commit on.
+    """
+    first = free_port()
+    second = free_port()
     server = serve(workers=1, threads=1, listen=f"127.0.0.1:{first}", idle_grace=20)
+
+    def sockets_of_second():
+        return {link for link, port in listening().items() if port == second}
+
     server.reload(listen=f"127.0.0.1:{first} 127.0.0.1:{second}")
     assert server.get(address=second).status == 200
-    inodes = {inode for inode, port in listening().items() if port == second}
+    sockets = sockets_of_second()
     busy = server.hold("busy")
     queued = [server.connect() for _ in range(20)]
     for client in queued:
         client.request("GET", "/queued")
     server.reload(listen=f"127.0.0.1:{second}")
     until(lambda: refused(first))
-    assert {inode for inode, port in listening().items() if port == second} == inodes
+    assert sockets_of_second() == sockets
     assert server.get(address=second).json["hupserve.generation"] == 3
     server.release("busy")
     assert {client.answer().json["pid"] for client in [busy, *queued]} == {busy.worker}
@@ -1446,12 +2022,14 @@ def test_reload_adds_keeps_and_drops_addresses(serve):
 
 def test_reload_takes_back_an_address_that_an_old_worker_is_about_to_close(serve):
     """Guards: the short, bounded retry of bind."""
-    first, second = free_port(), free_port()
+    first = free_port()
+    second = free_port()
+    rounds = 5
     server = serve(listen=f"127.0.0.1:{first}")
-    for _ in range(5):
+    for _ in range(rounds):
         server.reload(listen=f"127.0.0.1:{second}")
         server.reload(listen=f"127.0.0.1:{first}")
-    assert server.get().json["hupserve.generation"] == 11
+    assert server.get().json["hupserve.generation"] == 1 + 2 * rounds
     assert "rolled back" not in server.log()
 
 
@@ -1459,8 +2037,8 @@ def test_reload_changes_log_file_and_log_level(serve):
     server = serve()
     server.write(log_level="warning", log_file="other.log")
     server.signal()
-    new = until(lambda: (seen := server.get().json)["hupserve.generation"] == 2 and seen)
-    os.kill(new["pid"], SIGKILL)
+    until(lambda: server.get().json["hupserve.generation"] == 2)
+    os.kill(server.get().json["pid"], SIGKILL)
     server.wait_log("replaced", file="other.log")
     assert "generation" not in server.log("other.log"), "no INFO lines at this level"
     server.write(log_level="debug", log_file="third.log")
@@ -1470,14 +2048,16 @@ def test_reload_changes_log_file_and_log_level(serve):
         client.request("GET", "/endless?gone")
         client.more()
     until((server.folder / "gone.closed").exists)
-    assert server.wait_log("DEBUG", file="third.log") and "Traceback" not in server.log("third.log")
+    server.wait_log("DEBUG", file="third.log")
+    assert "Traceback" not in server.log("third.log")
 
 
 def test_reload_changes_pipeline_settings_and_code(serve):
     server = serve()
-    assert server.get("/status").json["greeting"] == "hello", "no filter yet: the application answers"
+    assert server.get("/status").json["greeting"] == "hello", "there is no status filter yet"
     server.reload(sections=server.STATUS.replace("hello", "good day"))
-    assert server.get("/status?format=json").json["workers"] and server.get().json["greeting"] == "good day"
+    assert server.get("/status?format=json").json["workers"]
+    assert server.get().json["greeting"] == "good day"
     server.write_app(APPLICATION.replace('"pid": os', '"code": "new", "pid": os'))
     server.reload(sections=server.APP)
     assert server.get("/status").json["code"] == "new"
@@ -1509,7 +2089,7 @@ format = <%(levelname)s> %(message)s
 
 
 def test_reload_changes_the_loggers(serve):
-    """[loggers] goes to logging.config.fileConfig, with %(here)s and with the formatters' single percent signs."""
+    """[loggers] goes to logging.config.fileConfig, with %(here)s and single percent signs."""
     server = serve()
     server.get("/log?before")
     server.reload(sections=server.APP + LOGGERS)
@@ -1518,24 +2098,25 @@ def test_reload_changes_the_loggers(serve):
     server.reload(sections=server.APP + LOGGERS.replace("<%(levelname)s>", "%(levelname)s:"))
     server.get("/log?second")
     assert server.log("own.log") == "<WARNING> 50% of first\nWARNING: 50% of second\n"
-    server.reload(sections=server.APP + LOGGERS.replace("app]\nlevel = INFO", "app]\nlevel = ERROR"))
+    quiet = LOGGERS.replace("app]\nlevel = INFO", "app]\nlevel = ERROR")
+    server.reload(sections=server.APP + quiet)
     server.get("/log?third")
     assert "third" not in server.log("own.log")
 
 
 @beyond_core
 def test_reload_is_held_up_by_no_idle_connection(serve):
-    """600 idle and 100 silent connections: the new generation answers, the old one leaves after idle_grace."""
+    """The new generation answers at once, and the old one leaves after idle_grace."""
     server = serve(idle_grace=1)
-    with contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(server.connect()) for _ in range(700)]
-        for client in idle[:600]:
-            client.get()
-        old = server.workers()
-        server.reload()
-        assert server.get().json["hupserve.generation"] == 2
-        until(lambda: not any(alive(pid) for pid in old))
-        assert all(client.ended() for client in idle)
+    idle = [server.connect() for _ in range(600)]
+    silent = [server.connect() for _ in range(100)]
+    for client in idle:
+        client.get()
+    old = server.workers()
+    server.reload()
+    assert server.get().json["hupserve.generation"] == 2
+    until(lambda: not any(alive(pid) for pid in old))
+    assert all(client.ended() for client in idle + silent)
 
 
 def test_reload_drain_timeout_ends_what_takes_longer(serve):
@@ -1547,40 +2128,59 @@ def test_reload_drain_timeout_ends_what_takes_longer(serve):
     until(lambda: not alive(held.worker))
 
 
+class Footprint(NamedTuple):
+    """What a process takes up."""
+
+    threads: int
+    links: list[str]  # the kind of each descriptor
+    memory: int  # kB
+
+
 def test_reload_40_times_leaves_the_master_as_it_was(serve):
-    """One thread, the same descriptors, the same memory, and no code of the application."""
+    """It has one thread, the same descriptors, the same memory, and no code of the application."""
     server = serve(workers=1)
 
-    def master():
-        status = dict(line.split(":", 1) for line in Path(f"/proc/{server.pid}/status").read_text().splitlines())
+    def footprint():
+        lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+        status = dict(line.split(":", 1) for line in lines)
         links = sorted(link.split(":")[0] for link in descriptors(server.pid))
-        return int(status["Threads"]), links, int(status["VmRSS"].split()[0])
+        return Footprint(int(status["Threads"]), links, int(status["VmRSS"].split()[0]))
 
     for _ in range(10):
         server.reload()
-    until(lambda: master()[1].count("socket") == 2, "one listener, and the line of the one worker")
-    threads, links, memory = master()
+    # One socket is the listener, the other one the line of the only worker.
+    until(lambda: footprint().links.count("socket") == 2)
+    before = footprint()
+    assert before.threads == 1
     for _ in range(30):
         server.reload()
-    until(lambda: threads == 1 and master()[:2] == (1, links), "the master to hold what it held")
-    assert master()[2] < memory + 1000  # kB
+    until(lambda: footprint().links == before.links, "the master to hold what it held")
+    after = footprint()
+    assert after.threads == 1
+    assert after.memory < before.memory + 1000
     assert str(server.pid) not in server.log("imports").split()
 
 
 @beyond_core
 def test_a_drain_says_every_30_seconds_what_it_waits_for(long_drain):
     server, held = long_drain
-    until(lambda: re.search("still draining.*", server.log()), "the line", deadline=60)
-    line = re.search(".*still draining.*", server.log())[0]
-    assert "127.0.0.1" in line and "GET /hold" in line and "held" not in line, "client, path, but not the query"
+    until(lambda: "still draining" in server.log(), "the line", deadline=60)
+    line = server.wait_log(".*still draining.*")[0]
+    assert "127.0.0.1" in line
+    assert "GET /hold" in line
+    assert "held" not in line, "a query string may be secret"
     server.release("held")
     assert held.answer().closes
 
 
 @pytest.fixture(scope="module", autouse=True)
 def long_drain(request):
-    """What it shows takes 30 s, so it begins before the first test."""
-    if not any("every_30_seconds" in item.name for item in request.session.items) or "HUPSERVE_CORE" in os.environ:
+    """A server that drains, and its request in flight.
+
+    The test above needs 30 s of draining, so this begins before the first test.
+    """
+    needed = any("every_30_seconds" in item.name for item in request.session.items)
+    if CORE_ONLY or not needed:
         yield
         return
     with shared_server() as server:
@@ -1589,7 +2189,7 @@ def long_drain(request):
         yield server, held
 
 
-# ==== the mistakes ===================================================================================================
+# ==== the mistakes ================================================================================
 
 GOOD = """[server:main]
 listen = 127.0.0.1:0
@@ -1600,10 +2200,16 @@ paste.app_factory = app:factory
 greeting = hello
 """
 KEY = "workers = 1"
+ADDRESS = "127.0.0.1:0"
+LISTEN = "[server:main] listen:"
 FACTORY = "paste.app_factory = app:factory"
 SETTING = FACTORY + "\ngreeting = hello"
+PIPELINE = "[pipeline:main]\npipeline = "
 
-MISTAKES = [  # replace this, by that, and the line that says so contains these
+# Each row replaces the first text of GOOD by the second one. All the texts that follow must be in
+# the one line that says so. Port numbers stand for PORT, a free one, and TAKEN.
+# fmt: off
+MISTAKES = [
     (KEY, "worker = 1", "[server:main] worker: unknown key; did you mean workers?"),
     (KEY, "Workers = 1", "[server:main] Workers: unknown key"),
     (KEY, "colour = blue", "[server:main] colour: unknown key"),
@@ -1631,21 +2237,21 @@ MISTAKES = [  # replace this, by that, and the line that says so contains these
     (KEY, "pidfile = /no/such/folder/pid", "[server:main] pidfile:"),
     (KEY, "certfile = /no/such/cert.pem", "[server:main] certfile:", "/no/such/cert.pem"),
     (KEY, "keyfile = /no/such/key.pem", "[server:main]", "certfile"),
-    ("127.0.0.1:0", "127.0.0.1", "[server:main] listen:", "127.0.0.1"),
-    ("127.0.0.1:0", "127.0.0.1:http", "[server:main] listen:", "127.0.0.1:http"),
-    ("127.0.0.1:0", "127.0.0.1:65536", "[server:main] listen:", "127.0.0.1:65536"),
-    ("127.0.0.1:0", "server.invalid:8000", "[server:main] listen:", "server.invalid"),
-    ("127.0.0.1:0", "127.0.0.999:8000", "[server:main] listen:", "127.0.0.999"),
-    ("127.0.0.1:0", "127.0.0.1:PORT *:PORT", "[server:main] listen:", "127.0.0.1:PORT", "*:PORT"),
-    ("127.0.0.1:0", "127.0.0.1:TAKEN", "[server:main] listen:", "127.0.0.1:TAKEN"),
-    ("127.0.0.1:0", "unix:/no/such/folder/socket", "[server:main] listen:", "/no/such/folder"),
-    ("127.0.0.1:0", "", "[server:main] listen:"),
+    (ADDRESS, "127.0.0.1", LISTEN, "127.0.0.1"),
+    (ADDRESS, "127.0.0.1:http", LISTEN, "127.0.0.1:http"),
+    (ADDRESS, "127.0.0.1:65536", LISTEN, "127.0.0.1:65536"),
+    (ADDRESS, "server.invalid:8000", LISTEN, "server.invalid"),
+    (ADDRESS, "127.0.0.999:8000", LISTEN, "127.0.0.999"),
+    (ADDRESS, "127.0.0.1:PORT *:PORT", LISTEN, "127.0.0.1:PORT", "*:PORT"),
+    (ADDRESS, "127.0.0.1:TAKEN", LISTEN, "127.0.0.1:TAKEN"),
+    (ADDRESS, "unix:/no/such/folder/socket", LISTEN, "/no/such/folder"),
+    (ADDRESS, "", LISTEN),
     ("[app:main]", "[app:other]", "app:main"),
-    ("[app:main]", "[pipeline:main]\npipeline = nosuch app\n[app:app]", "nosuch"),
-    ("[app:main]", "[pipeline:main]\npipeline =\n[app:app]", "[pipeline:main] pipeline:"),
+    ("[app:main]", PIPELINE + "nosuch app\n[app:app]", "nosuch"),
+    ("[app:main]", PIPELINE + "\n[app:app]", "[pipeline:main] pipeline:"),
     ("[app:main]", "[pipeline:main]\n[app:app]", "[pipeline:main]", "pipeline"),
-    ("[app:main]", "[pipeline:main]\npipeline = cache app\n[filter:cache]\nsize = 3\n[app:app]", "[filter:cache]"),
-    ("[app:main]", "[pipeline:main]\npipeline = x app\n[filter:x]\npaste.filter_factory = app:nosuch\n[app:app]",
+    ("[app:main]", PIPELINE + "cache app\n[filter:cache]\nsize = 3\n[app:app]", "[filter:cache]"),
+    ("[app:main]", PIPELINE + "x app\n[filter:x]\npaste.filter_factory = app:nosuch\n[app:app]",
      "[filter:x] paste.filter_factory:", "nosuch"),
     (FACTORY, "", "[app:main]"),
     (FACTORY, "paste.app_factory = app", "[app:main] paste.app_factory:"),
@@ -1663,91 +2269,144 @@ MISTAKES = [  # replace this, by that, and the line that says so contains these
     ("[server:main]", "[server:main", "line"),
     ("hello", "\udcff\udcfe", "utf-8"),
 ]
+# fmt: on
 
 
 @pytest.fixture(scope="module")
 def mistaken():
+    """A server whose ini the tests spoil."""
     with shared_server(workers=1) as server:
         yield server
 
 
 def test_a_mistake_is_a_log_file_that_is_a_pipe_without_a_reader(mistaken):
-    """Guards: the master's never waiting for one."""
-    os.mkfifo(mistaken.folder / "pipe")
-    mistaken.reload("reload refused: .*access_log.*pipe.*", access_log=mistaken.folder / "pipe")
+    """Guards: the master waits for nobody who might open the other end of a pipe."""
+    pipe = mistaken.folder / "pipe"
+    os.mkfifo(pipe)
+    mistaken.reload_fails("reload refused: .*access_log.*pipe.*", access_log=pipe)
 
 
-def run(*arguments, **keywords):
-    return subprocess.run([PYTHON, str(HUPSERVE), *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, timeout=DEADLINE, **keywords)
+def run(*arguments: str | Path, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    """Run hupserve until it ends by itself."""
+    return subprocess.run(
+        [PYTHON, str(HUPSERVE), *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        **keywords,
+    )
 
 
-@pytest.mark.parametrize("replaced, by, expected", [(old, new, rest) for old, new, *rest in MISTAKES],
-                         ids=[repr(new)[1:-1][:50] for _, new, *_ in MISTAKES])
+def is_one_line(stop: subprocess.CompletedProcess[str]) -> bool:
+    """Has the server said one line on stderr and nothing else?"""
+    return len(stop.stderr.splitlines()) == 1 and stop.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "replaced, by, expected",
+    [(replaced, by, expected) for replaced, by, *expected in MISTAKES],
+    ids=[repr(by)[1:-1][:50] for _, by, *_ in MISTAKES],
+)
 def test_a_mistake_is_one_clear_line(mistaken, replaced, by, expected):
-    """At start, with --check and at a reload; never a traceback, and a running server stays as it is."""
-    binds = "TAKEN" in by or "unix:" in by  # and --check does not
+    """It is the same at the start, with --check and at a reload.
+
+    There is never a traceback, and a running server stays as it is.
+    """
+    found_by_check = "TAKEN" not in by and "unix:" not in by  # --check binds nothing
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         ports = {"PORT": str(free_port()), "TAKEN": str(taken.getsockname()[1])}
         for word, port in ports.items():
-            by, expected = by.replace(word, port), [text.replace(word, port) for text in expected]
-        mistaken.ini.write_bytes(GOOD.replace(replaced, by, 1).encode("utf-8", "surrogateescape"))
-        stops = {"start": run(mistaken.ini, cwd=mistaken.folder)}
-        if not binds:
-            stops["check"] = run("--check", mistaken.ini, cwd=mistaken.folder)
+            by = by.replace(word, port)
+            expected = [text.replace(word, port) for text in expected]
+        ini = GOOD.replace(replaced, by, 1)
+        mistaken.ini.write_bytes(ini.encode("utf-8", "surrogateescape"))
+
+        start = run(mistaken.ini, cwd=mistaken.folder)
+        assert start.returncode in (1, 2), start
+        assert is_one_line(start), start
+        logs = [start.stderr]
+        if found_by_check:
+            check = run("--check", mistaken.ini, cwd=mistaken.folder)
+            assert check.returncode == 2, check
+            assert is_one_line(check), check
+            logs.append(check.stderr)
         since = len(mistaken.log())
         mistaken.signal(SIGHUP)
         mistaken.wait_log("reload (refused|rolled back): .*\n", since)
-    for how, stop in stops.items():
-        assert stop.returncode in ((1, 2) if how == "start" else (2,)), stop
-        assert len(stop.stderr.splitlines()) == 1 and stop.stdout == "", stop
-    for log in [stop.stderr for stop in stops.values()] + [mistaken.log()[since:]]:
+        logs.append(mistaken.log()[since:])
+    for log in logs:
         assert "Traceback" not in log
-        assert [line for line in log.splitlines() if all(text in line for text in [*expected, mistaken.ini.name])], log
-    assert mistaken.get().json["hupserve.generation"] == 1 and len(mistaken.workers()) == 1
+        texts = [*expected, mistaken.ini.name]
+        assert any(all(text in line for text in texts) for line in log.splitlines()), log
+    assert mistaken.get().json["hupserve.generation"] == 1
+    assert len(mistaken.workers()) == 1
 
 
 def test_a_mistake_in_the_command_line(folder):
-    (folder / "good.ini").write_text(GOOD)
+    good = folder / "good.ini"
+    missing = folder / "none.ini"
+    good.write_text(GOOD)
     (folder / "app.py").write_text(APPLICATION)
-    for arguments in ([], ["one.ini", "two.ini"], ["--colour"], [folder / "none.ini"], [folder],
-                      ["--check", folder / "none.ini"]):
+    wrong = [
+        [],
+        ["one.ini", "two.ini"],
+        ["--colour"],
+        [missing],
+        [folder],
+        ["--check", missing],
+    ]
+    for arguments in wrong:
         stop = run(*arguments, cwd=folder)
-        assert stop.returncode == 2 and "Traceback" not in stop.stderr and stop.stderr, stop
+        assert stop.returncode == 2, stop
+        assert "Traceback" not in stop.stderr
         assert len(stop.stderr.splitlines()) == 1 or stop.stderr.startswith("usage:"), stop
+
     stop = run("--version")
-    assert (stop.returncode, stop.stderr) == (0, "") and stop.stdout.startswith("hupserve ")
-    stop = run("--check", folder / "good.ini", cwd=folder)
-    assert stop.returncode == 0 and "Traceback" not in stop.stderr
+    assert stop.returncode == 0
+    assert stop.stderr == ""
+    assert stop.stdout.startswith("hupserve ")
+
+    stop = run("--check", good, cwd=folder)
+    assert stop.returncode == 0
+    assert "Traceback" not in stop.stderr
 
 
 def test_an_applications_mistake_is_told_with_its_traceback(folder):
-    """Always the traceback for the application's mistake: where else would its author find it?"""
+    """The author of the application would find it nowhere else."""
     (folder / "good.ini").write_text(GOOD)
-    for code, text, line in (BROKEN, "RuntimeError: this application does not import", 1), (OWN_FILE, "nosuch", 3):
+    mistakes = [
+        (BROKEN, "RuntimeError: this application does not import", 'app.py", line 1'),
+        (OWN_FILE, "nosuch", 'app.py", line 3'),
+    ]
+    for code, text, place in mistakes:
         (folder / "app.py").write_text(code)
         for arguments, status in (["--check"], 2), ([], 1):
             stop = run(*arguments, folder / "good.ini", cwd=folder)
             assert stop.returncode == status, stop
-            assert "Traceback" in stop.stderr and text in stop.stderr and f'app.py", line {line}' in stop.stderr
+            assert "Traceback" in stop.stderr
+            assert text in stop.stderr
+            assert place in stop.stderr
 
 
-# ==== the signals ====================================================================================================
+# ==== the signals =================================================================================
+
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGQUIT])
 def test_signal_TERM_answers_all_that_came(serve, number):
-    """Eight in flight and thirty in the queue: all 38 are answered, and the exit status is 0."""
+    """Requests in flight and in the queue are answered, and the exit status is 0."""
     server = serve(threads=4, idle_grace=20)
-    held = [server.hold(f"held{number}") for number in range(8)]
+    names = [f"held{number}" for number in range(8)]
+    held = [server.hold(name) for name in names]
     queued = [server.connect() for _ in range(30)]
     for client in queued:
         client.request("GET", "/queued")
     server.signal(number)
     until(lambda: refused(server.port))
-    server.release(*(f"held{number}" for number in range(8)))
-    assert [client.answer().status for client in held + queued] == [200] * 38
+    server.release(*names)
+    assert {client.answer().status for client in held + queued} == {200}
     assert server.process.wait(DEADLINE) == 0
 
 
@@ -1755,17 +2414,17 @@ def test_signal_TERM_a_second_time_stops_at_once(serve):
     server = serve()
     held = server.hold("held")
     server.signal(SIGTERM)
-    until(lambda: told(held.worker))
+    until(lambda: drains(held.worker))
     server.stop(SIGTERM, status=1)
     until(lambda: not server.others())
 
 
 def test_signal_TERM_in_the_middle_of_a_reload_is_obeyed_at_once(serve):
-    server = serve()
+    server = serve(workers=2)
     server.write_app(GATE + APPLICATION)
-    server.release("gate")
+    server.touch("gate")
     server.signal(SIGHUP)
-    until(lambda: len(server.workers()) == 4)
+    until(lambda: len(server.workers()) == 2 + 2)
     server.stop(SIGTERM)
 
 
@@ -1773,7 +2432,8 @@ def test_signal_TERM_in_the_middle_of_the_start_is_obeyed_at_once(folder):
     (folder / "gate").touch()
     (folder / "app.py").write_text(GATE)
     (folder / "hupserve.ini").write_text(GOOD)
-    process = subprocess.Popen([PYTHON, str(HUPSERVE), "hupserve.ini"], cwd=folder, start_new_session=True)
+    command = [PYTHON, str(HUPSERVE), "hupserve.ini"]
+    process = subprocess.Popen(command, cwd=folder, start_new_session=True)
     until(lambda: [worker for worker in processes() if worker.parent == process.pid])
     process.terminate()
     process.wait(DEADLINE)
@@ -1789,7 +2449,7 @@ def test_signal_INT_does_not_wait_for_idle_browsers(serve):
     assert all(browser.ended() for browser in browsers)
 
 
-def test_signal_INT_answers_who_is_queued(serve):
+def test_signal_INT_answers_queued_clients(serve):
     """Guards: the second order, which takes the grace away, leaves the queue of the first alone."""
     server = serve(workers=1, threads=1)
     held = server.hold("held")
@@ -1797,61 +2457,82 @@ def test_signal_INT_answers_who_is_queued(serve):
     for client in queued:
         client.request("GET", "/queued")
     server.signal(SIGINT)
-    until(lambda: told(held.worker))
+    until(lambda: drains(held.worker))
     server.release("held")
     assert {client.answer().status for client in [held, *queued]} == {200}
     assert server.process.wait(DEADLINE) == 0
 
 
 def test_signal_INT_to_the_whole_group_waits_for_what_is_in_flight(serve):
-    """A terminal's Ctrl-C reaches the workers too: they leave it to the master."""
+    """A terminal's Ctrl-C reaches the workers too. They leave it to the master."""
     server = serve()
     held = server.hold("held")
     os.killpg(server.pid, SIGINT)
-    until(lambda: told(held.worker))
+    until(lambda: drains(held.worker))
     server.release("held")
-    assert held.answer().status == 200 and server.process.wait(DEADLINE) == 0
+    assert held.answer().status == 200
+    assert server.process.wait(DEADLINE) == 0
 
 
 def test_signal_USR1_is_nothing_to_anybody(serve):
+    """Neither are the others that mean something to other servers."""
     server = serve()
     workers = server.workers()
     for _ in range(10):
-        for signum in SIGUSR1, signal.SIGUSR2, signal.SIGTTIN:  # to other servers they mean something
-            os.killpg(server.pid, signum)
+        for number in SIGUSR1, signal.SIGUSR2, signal.SIGTTIN:
+            os.killpg(server.pid, number)
         assert server.get().status == 200
     assert server.workers() == workers
 
 
-@pytest.mark.parametrize("code", [APPLICATION + "# new\n", BROKEN + APPLICATION], ids=["imports", "does not import"])
-def test_signal_HUP_to_the_whole_group_loses_nothing(serve, code):
-    """Guards: a worker obeys the order on its line and not the signal, which anybody can send."""
+@pytest.mark.parametrize("imports", [True, False], ids=["imports", "does not import"])
+def test_signal_HUP_to_the_whole_group_loses_nothing(serve, imports):
+    """Guards: a worker obeys the order on its line, not the signal, which anybody can send."""
     server = serve()
     server.tracebacks = True
-    server.write_app(code)
+    server.write_app(APPLICATION + "# new\n" if imports else BROKEN + APPLICATION)
+    outcome = "generation . serves" if imports else "rolled back"
     with Load(server) as load:
         for _ in range(3):
             since = len(server.log())
             os.killpg(server.pid, SIGHUP)
-            server.wait_log("generation . serves" if "new" in code[-9:] else "rolled back", since)
+            server.wait_log(outcome, since)
             load.more()
     assert load.lost == []
     assert "SIGHUP without an order" in server.log()
 
 
-# ==== the exchange ===================================================================================================
-#
-# In these rows | stands for CR LF. Behind each row the client sends one more request at once. Either it is answered,
-# and then the row's own answer has left the connection open; or the connection has been closed, without another byte.
+# ==== the exchange ================================================================================
 
-OPEN, CLOSED = "open", "closed"
+OPEN = "open"
+CLOSED = "closed"
 HOST = "HTTP/1.1|Host: a|"
 POST = "POST / " + HOST
+UNREAD = "POST /unread " + HOST
 CHUNKED = POST + "Transfer-Encoding: chunked||"
+TE = POST + "Transfer-Encoding: "
+BAD_CODING = {400, 501}
+TOO_MUCH = {400, 413, 431}
+BAD_LENGTHS = [
+    *("5, 5", "5,6", "+5", "-5", "1_0", "0x5", "5 5", "5.0", "five", "", "\xb2", "5\x0b"),
+    "9" * 5000,
+]
+BAD_CHUNK_SIZES = [
+    *("+5", "-5", "0x5", "5_0", " 5", "5 ", "5\t", "g", "", ";a", "5\x00", "\xb2"),
+    "0" * 16 + "5",
+]
+MANY_EXTENSIONS = f"1;{'a' * 1000}|x|" * 70
+CHUNKS_OVER_MAX_BODY = f"80000|{'x' * 0x80000}|" * 2
 
-EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the connection, what the application saw
+# A row has a name, the bytes of a request (where | stands for CR LF), the status of the answer or a
+# set of possible ones, what becomes of the connection, and what the application saw, if that
+# matters. Behind each row's request the client sends one more at once. If the row says OPEN, that
+# one is answered, too. If it says CLOSED, the connection ends without another byte.
+# fmt: off
+EXCHANGE = [
     # RFC 9112 2.2: the message
-    ("the plain request", f"GET /x?y=z {HOST}|", 200, OPEN, {"PATH_INFO": "/x", "QUERY_STRING": "y=z"}),
+    ("the plain request", f"GET /x?y=z {HOST}|", 200, OPEN,
+     {"PATH_INFO": "/x", "QUERY_STRING": "y=z"}),
     ("an empty line before it", f"|GET / {HOST}|", 200, OPEN),
     ("lines that end in LF", "GET / HTTP/1.1\nHost: a\n\n", 400, CLOSED),
     ("one line that ends in LF", "GET / HTTP/1.1|Host: a\nX: b||", 400, CLOSED),
@@ -1878,17 +2559,20 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("a space before the method", " GET / HTTP/1.1|Host: a||", 400, CLOSED),
     ("tabs for spaces", "GET\t/\tHTTP/1.1|Host: a||", 400, CLOSED),
     ("a method that is no token", "G@T / HTTP/1.1|Host: a||", 400, CLOSED),
-    ("a method of the client's own", f"BREW-IT / {HOST}|", 200, OPEN, {"REQUEST_METHOD": "BREW-IT"}),
+    ("a method of the client's own", f"BREW-IT / {HOST}|", 200, OPEN,
+     {"REQUEST_METHOD": "BREW-IT"}),
     ("a request line of 8 KiB", f"GET /{'a' * (8192 - 14)} {HOST}|", 200, OPEN),
     ("a longer one", f"GET /{'a' * (8192 - 13)} {HOST}|", 414, CLOSED),
 
     # RFC 9112 3.2: the target
-    ("percent signs", f"GET /a%20b%2Fc?%41 {HOST}|", 200, OPEN, {"PATH_INFO": "/a b/c", "QUERY_STRING": "%41"}),
+    ("percent signs", f"GET /a%20b%2Fc?%41 {HOST}|", 200, OPEN,
+     {"PATH_INFO": "/a b/c", "QUERY_STRING": "%41"}),
     ("UTF-8 in percent signs", f"GET /caf%C3%A9 {HOST}|", 200, OPEN, {"PATH_INFO": "/caf\xc3\xa9"}),
     ("two slashes stay two", f"GET //a {HOST}|", 200, OPEN, {"PATH_INFO": "//a"}),
     ("an absolute target overrides Host", f"GET http://b:8/x?y {HOST}|", 200, OPEN,
      {"HTTP_HOST": "b:8", "PATH_INFO": "/x", "QUERY_STRING": "y"}),
-    ("an absolute target without a path", f"GET http://b {HOST}|", 200, OPEN, {"HTTP_HOST": "b", "PATH_INFO": "/"}),
+    ("an absolute target without a path", f"GET http://b {HOST}|", 200, OPEN,
+     {"HTTP_HOST": "b", "PATH_INFO": "/"}),
     ("an absolute target without a host", f"GET http:///x {HOST}|", 400, CLOSED),
     ("OPTIONS *", f"OPTIONS * {HOST}|", 200, OPEN, {"REQUEST_METHOD": "OPTIONS"}),
     ("* for anything else", f"GET * {HOST}|", 400, CLOSED),
@@ -1910,7 +2594,8 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("a Host with a path", "GET / HTTP/1.1|Host: a/b||", 400, CLOSED),
     ("a Host with a user", "GET / HTTP/1.1|Host: me@a||", 400, CLOSED),
     ("a Host with a bad port", "GET / HTTP/1.1|Host: a:b||", 400, CLOSED),
-    ("a Host that is an address", "GET / HTTP/1.1|Host: [::1]:80||", 200, OPEN, {"HTTP_HOST": "[::1]:80"}),
+    ("a Host that is an address", "GET / HTTP/1.1|Host: [::1]:80||", 200, OPEN,
+     {"HTTP_HOST": "[::1]:80"}),
     ("half an address", "GET / HTTP/1.1|Host: [::1||", 400, CLOSED),
     ("no address in brackets", "GET / HTTP/1.1|Host: [1::2::3]||", 400, CLOSED),
     ("nor in an absolute target", f"GET http://[12345::]/ {HOST}|", 400, CLOSED),
@@ -1923,7 +2608,8 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("Latin-1 in a value", f"GET / {HOST}X: caf\xe9||", 200, OPEN, {"HTTP_X": "caf\xe9"}),
     ("a field twice is a list", f"GET / {HOST}X-Y: a|x-y: b||", 200, OPEN, {"HTTP_X_Y": "a,b"}),
     ("an underscore poses as a hyphen", f"GET / {HOST}X_Y: a||", 200, OPEN, {"HTTP_X_Y": None}),
-    ("an underscore poses as a length", f"GET / {HOST}Content_Length: 5||", 200, OPEN, {"CONTENT_LENGTH": None}),
+    ("an underscore poses as a length", f"GET / {HOST}Content_Length: 5||", 200, OPEN,
+     {"CONTENT_LENGTH": None}),
     ("white space before the colon", "GET / HTTP/1.1|Host : a||", 400, CLOSED),
     ("a folded line", f"GET / {HOST}X: a| b||", 400, CLOSED),
     ("no colon", f"GET / {HOST}X||", 400, CLOSED),
@@ -1937,57 +2623,66 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("a field of 60 KiB", f"GET / {HOST}X: {'a' * 60000}||", 200, OPEN),
     ("a head of 64 KiB", f"GET / HTTP/1.1|Host: a|X: {'a' * (65536 - 32)}||", 200, OPEN),
     ("a head over 64 KiB", f"GET / HTTP/1.1|Host: a|X: {'a' * (65536 - 31)}||", 431, CLOSED),
-    ("one before a binary body", f"POST / {HOST}Content-Length: 9|X: {'a' * 66000}||\0\r\n\0\n\r\0\n\0", 431, CLOSED),
+    ("one before a binary body",
+     f"{POST}Content-Length: 9|X: {'a' * 66000}||\0\r\n\0\n\r\0\n\0", 431, CLOSED),
 
     # RFC 9112 6: the length of a body
-    ("a body", f"{POST}Content-Length: 5||hello", 200, OPEN, {"body": "hello", "CONTENT_LENGTH": "5"}),
+    ("a body", f"{POST}Content-Length: 5||hello", 200, OPEN,
+     {"body": "hello", "CONTENT_LENGTH": "5"}),
     ("a body of none", f"{POST}Content-Length: 0||", 200, OPEN, {"body": ""}),
     ("a body to GET", f"GET / {HOST}Content-Length: 5||hello", 200, OPEN, {"body": "hello"}),
-    ("a body nobody reads is skipped", f"POST /unread {HOST}Content-Length: 5||hello", 200, OPEN),
+    ("an unread body is skipped", f"{UNREAD}Content-Length: 5||hello", 200, OPEN),
+    ("an unread body of 64 KiB, too", f"{UNREAD}Content-Length: 65536||{'x' * 65536}", 200, OPEN),
+    ("a longer one closes the connection", f"{UNREAD}Content-Length: 65537||{'x' * 65537}", 200,
+     CLOSED),
     ("both lengths", f"{POST}Content-Length: 5|Transfer-Encoding: chunked||0||", 400, CLOSED),
-    ("both, the other way round", f"{POST}Transfer-Encoding: chunked|Content-Length: 5||0||", 400, CLOSED),
+    ("both, the other way round", f"{TE}chunked|Content-Length: 5||0||", 400, CLOSED),
     ("two lengths that differ", f"{POST}Content-Length: 5|Content-Length: 6||hello", 400, CLOSED),
-    *((f"Content-Length: {ascii(length)[1:-1]:.20}", f"{POST}Content-Length: {length}||hello", 400, CLOSED)
-      for length in ("5, 5", "5,6", "+5", "-5", "1_0", "0x5", "5 5", "5.0", "five", "", "\xb2", "5\x0b", "9" * 5000)),
-    ("a length over max_body", f"{POST}Content-Length: 1000001||", 413, CLOSED),
-    ("a length of nineteen digits", f"{POST}Content-Length: 9999999999999999999||", {400, 413}, CLOSED),
+    *((f"Content-Length: {ascii(length)[1:-1]:.20}",
+       f"{POST}Content-Length: {length}||hello", 400, CLOSED) for length in BAD_LENGTHS),
+    ("a length over max_body", f"{POST}Content-Length: {MAX_BODY + 1}||", 413, CLOSED),
+    ("a length of nineteen digits", f"{POST}Content-Length: {'9' * 19}||", {400, 413}, CLOSED),
 
     # RFC 9112 6.1: transfer codings
     ("chunked", f"{CHUNKED}5|hello|0||", 200, OPEN, {"body": "hello", "CONTENT_LENGTH": None}),
     ("Chunked", CHUNKED.replace("chunked", "Chunked") + "0||", 200, OPEN, {"body": ""}),
-    ("gzip", f"{POST}Transfer-Encoding: gzip||", 501, CLOSED),
-    ("gzip and chunked", f"{POST}Transfer-Encoding: gzip, chunked||0||", 501, CLOSED),
-    ("chunked and gzip", f"{POST}Transfer-Encoding: chunked, gzip||0||", {400, 501}, CLOSED),
-    ("chunked twice", f"{POST}Transfer-Encoding: chunked, chunked||0||", {400, 501}, CLOSED),
-    ("chunked in two fields", f"{POST}Transfer-Encoding: chunked|Transfer-Encoding: chunked||0||", {400, 501}, CLOSED),
-    ("identity", f"{POST}Transfer-Encoding: identity||", {400, 501}, CLOSED),
-    ("xchunked", f"{POST}Transfer-Encoding: xchunked||0||", 501, CLOSED),
-    ("chunked after a vertical tab", f"{POST}Transfer-Encoding: \x0bchunked||0||", {400, 501}, CLOSED),
-    ("a coding of nothing", f"{POST}Transfer-Encoding:||0||", {400, 501}, CLOSED),
+    ("gzip", f"{TE}gzip||", 501, CLOSED),
+    ("gzip and chunked", f"{TE}gzip, chunked||0||", 501, CLOSED),
+    ("chunked and gzip", f"{TE}chunked, gzip||0||", BAD_CODING, CLOSED),
+    ("chunked twice", f"{TE}chunked, chunked||0||", BAD_CODING, CLOSED),
+    ("chunked in two fields", f"{TE}chunked|Transfer-Encoding: chunked||0||", BAD_CODING, CLOSED),
+    ("identity", f"{TE}identity||", BAD_CODING, CLOSED),
+    ("xchunked", f"{TE}xchunked||0||", 501, CLOSED),
+    ("chunked after a vertical tab", f"{TE}\x0bchunked||0||", BAD_CODING, CLOSED),
+    ("a coding of nothing", f"{POST}Transfer-Encoding:||0||", BAD_CODING, CLOSED),
     ("chunked in 1.0", "POST / HTTP/1.0|Transfer-Encoding: chunked||0||", 400, CLOSED),
 
     # RFC 9112 7.1: chunks
     ("several chunks", f"{CHUNKED}3|hel|2|lo|0||", 200, OPEN, {"body": "hello"}),
-    ("hexadecimal, either case", f"{CHUNKED}a|0123456789|00A|0123456789|0||", 200, OPEN, {"body": "0123456789" * 2}),
+    ("hexadecimal, either case", f"{CHUNKED}a|0123456789|00A|0123456789|0||", 200, OPEN,
+     {"body": "0123456789" * 2}),
     ("chunk extensions", f'{CHUNKED}5;a=b;c="d e"|hello|0;x||', 200, OPEN, {"body": "hello"}),
-    ("trailers are discarded", f"{CHUNKED}5|hello|0|X-T: x|X-U: y||", 200, OPEN, {"body": "hello", "HTTP_X_T": None}),
-    ("chunks nobody reads are skipped", f"POST /unread {HOST}Transfer-Encoding: chunked||5|hello|0||", 200, OPEN),
-    ("bad chunks nobody reads", f"POST /unread {HOST}Transfer-Encoding: chunked||x|hello|0||", {200, 400}, CLOSED),
-    *((f"a chunk size of {ascii(size)[1:-1]:.20}", f"{CHUNKED}{size}|hello|0||", 400, CLOSED)
-      for size in ("+5", "-5", "0x5", "5_0", " 5", "5 ", "5\t", "g", "", ";a", "0" * 16 + "5", "5\x00", "\xb2")),
+    ("trailers are discarded", f"{CHUNKED}5|hello|0|X-T: x|X-U: y||", 200, OPEN,
+     {"body": "hello", "HTTP_X_T": None}),
+    ("unread chunks close the connection", f"{UNREAD}Transfer-Encoding: chunked||5|hello|0||",
+     200, CLOSED),
+    ("unread bad chunks", f"{UNREAD}Transfer-Encoding: chunked||x|hello|0||", {200, 400}, CLOSED),
+    *((f"a chunk size of {ascii(size)[1:-1]:.20}",
+       f"{CHUNKED}{size}|hello|0||", 400, CLOSED) for size in BAD_CHUNK_SIZES),
     ("a chunk longer than its size", f"{CHUNKED}4|hello|0||", 400, CLOSED),
     ("a chunk shorter than its size", f"{CHUNKED}6|hello|0||", 400, CLOSED),
     ("a chunk size that ends in LF", f"{CHUNKED}5\nhello|0||", 400, CLOSED),
     ("a chunk that ends in LF", f"{CHUNKED}5|hello\n0||", 400, CLOSED),
     ("an LF in an extension", f"{CHUNKED}5;a\nb|hello|0||", 400, CLOSED),
     ("a CR in an extension", f"{CHUNKED}5;a\rb|hello|0||", 400, CLOSED),
-    ("many extensions", f"{CHUNKED}{f'1;{1000 * chr(97)}|x|' * 70}0||", 400, CLOSED),
-    ("an endless extension", f"{CHUNKED}5;{'a' * 70000}|hello|0||", {400, 413, 431}, CLOSED),
-    ("endless trailers", f"{CHUNKED}0|{'X: a|' * 20000}|", {400, 413, 431}, CLOSED),
-    ("a malformed chunk stays one", "POST /retry HTTP/1.1|Host: a|Transfer-Encoding: chunked||zz|5|hello|0||", 200,
-     CLOSED, {"seen": ["error"] * 3}),
+    ("many extensions", f"{CHUNKED}{MANY_EXTENSIONS}0||", 400, CLOSED),
+    ("an endless extension", f"{CHUNKED}5;{'a' * 70000}|hello|0||", TOO_MUCH, CLOSED),
+    ("endless trailers", f"{CHUNKED}0|{'X: a|' * 20000}|", TOO_MUCH, CLOSED),
+    ("a malformed chunk stays one",
+     f"POST /retry {HOST}Transfer-Encoding: chunked||zz|5|hello|0||", 200, CLOSED,
+     {"seen": ["error"] * 3}),
     ("a trailer that is none", f"{CHUNKED}0|X||", 400, CLOSED),
-    ("chunks over max_body", f"{CHUNKED}{('80000|' + 'x' * 0x80000 + '|') * 2}0||", 413, CLOSED),
+    ("chunks over max_body", f"{CHUNKED}{CHUNKS_OVER_MAX_BODY}0||", 413, CLOSED),
 
     # RFC 9112 9: the connection
     ("Connection: close", f"GET / {HOST}Connection: close||", 200, CLOSED),
@@ -2005,22 +2700,33 @@ EXCHANGE = [  # what it is, the bytes, the status (or the possible ones), the co
     ("204", f"GET /204 {HOST}|", 204, OPEN),
     ("304", f"GET /304 {HOST}|", 304, OPEN),
 ]
+# fmt: on
 
 
 @pytest.fixture(scope="module")
 def shared():
-    with shared_server(max_body=1000000) as server:
+    """The server of all tests that look at one exchange only."""
+    with shared_server(max_body=MAX_BODY) as server:
         server.tracebacks = True
-        (server.folder / "data").write_bytes(b"0123456789" * 100000)
+        (server.folder / "data").write_bytes(b"0123456789" * 100_000)
         yield server
 
 
-@pytest.mark.parametrize("raw, status, then, seen", [(*row, {})[1:5] for row in EXCHANGE],
-                         ids=[row[0] for row in EXCHANGE])
+def wire(text: str) -> bytes:
+    """Return the bytes of a request that is written with | for CR LF."""
+    return text.replace("|", "\r\n").encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "raw, status, then, seen",
+    [(*row, {})[1:5] for row in EXCHANGE],
+    ids=[str(row[0]) for row in EXCHANGE],
+)
 def test_exchange(shared, raw, status, then, seen):
     with shared.connect() as client:
-        client.send(raw.replace("|", "\r\n").encode("latin-1") + b"GET /next HTTP/1.1\r\nHost: next\r\n\r\n")
-        answer = client.answer(raw.split(" ")[0])
+        client.send(wire(raw) + b"GET /next HTTP/1.1\r\nHost: next\r\n\r\n")
+        method, _, _ = raw.partition(" ")
+        answer = client.answer(method)
         assert answer.status in (status if isinstance(status, set) else {status})
         for key, value in seen.items():
             assert answer.json.get(key) == value
@@ -2034,55 +2740,70 @@ def test_exchange(shared, raw, status, then, seen):
 
 
 def test_exchange_pipelined_requests_are_answered_in_their_order(shared):
+    count = 100
     with shared.connect() as client:
-        for number in range(100):
+        for number in range(count):
             client.request("POST", f"/?{number}", b"body" * number)
-        for number in range(100):
+        for number in range(count):
             assert client.answer().json["QUERY_STRING"] == str(number)
 
 
 def test_exchange_byte_by_byte(shared):
-    """However the bytes arrive: a request may end anywhere in a segment."""
-    raw = (b"POST /one HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5;x\r\nhello\r\n0\r\nX: y\r\n\r\n"
-           b"POST /two HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello")
+    """Bytes may arrive in any segments, and a request may end anywhere in one."""
+    one = f"POST /one {HOST}Transfer-Encoding: chunked||5;x|hello|0|X: y||"
+    two = f"POST /two {HOST}Content-Length: 5||hello"
     with shared.connect() as client:
         client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(3):
-            for byte in raw:
+            for byte in wire(one + two):
                 client.send(bytes([byte]))
             for path in ("/one", "/two"):
                 answer = client.answer().json
-                assert (answer["PATH_INFO"], answer["body"]) == (path, "hello")
+                assert answer["PATH_INFO"] == path
+                assert answer["body"] == "hello"
 
 
 def test_exchange_expect_100_continue(shared):
     """The client is told to go on when the application first reads, and not if it never does."""
-    head = "POST {} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\nExpect: 100-Continue\r\n\r\n"
-    for size in (5, 100_000):  # one that the main thread would receive, one that a thread does
+
+    def head(path, size, version="1.1"):
+        return wire(
+            f"POST {path} HTTP/{version}|Host: a|Content-Length: {size}|Expect: 100-Continue||"
+        )
+
+    # The main thread would receive the small body itself. A request thread receives the large one.
+    for size in (5, 100_000):
         with shared.connect() as client:
-            client.send(head.format("/", size).encode())
+            client.send(head("/", size))
             assert client.answer().status == 100
             assert client.send(b"x" * size).answer().json["body"] == "x" * size
             assert client.get().status == 200
         with shared.connect() as client:
-            answer = client.send(head.format("/unread", size).encode()).answer()
-            assert answer.status == 200 and answer.closes and client.ended()
+            answer = client.send(head("/unread", size)).answer()
+            assert answer.status == 200
+            assert answer.closes
+            assert client.ended()
     with shared.connect() as client:
-        assert client.send(head.format("/", 1000001).encode()).answer().status == 413
-    with shared.connect() as client:  # HTTP/1.0 does not know it
-        client.send(head.format("/", 5).replace("HTTP/1.1", "HTTP/1.0").encode() + b"hello")
+        assert client.send(head("/", MAX_BODY + 1)).answer().status == 413
+    with shared.connect() as client:  # HTTP/1.0 does not know Expect
+        client.send(head("/", 5, version="1.0") + b"hello")
         assert client.answer().json["body"] == "hello"
 
 
-@pytest.mark.parametrize("raw", [
-    b"GET / HT", POST.replace("|", "\r\n").encode() + b"Content-Length: 5\r\n\r\nhel",
-    POST.replace("|", "\r\n").encode() + b"Content-Length: 100000\r\n\r\nhel",
-    CHUNKED.replace("|", "\r\n").encode() + b"5\r\nhel", CHUNKED.replace("|", "\r\n").encode() + b"5\r\nhello\r\n"],
-    ids=["head", "small body", "large body", "chunk", "chunks"])
+CUT_SHORT = {
+    "head": "GET / HT",
+    "small body": f"{POST}Content-Length: 5||hel",
+    "large body": f"{POST}Content-Length: 100000||hel",
+    "chunk": f"{CHUNKED}5|hel",
+    "chunks": f"{CHUNKED}5|hello|",
+}
+
+
+@pytest.mark.parametrize("raw", CUT_SHORT.values(), ids=CUT_SHORT)
 def test_exchange_a_request_cut_short_is_not_answered_as_if_it_were_whole(shared, raw):
     since = len(shared.log())
     with shared.connect() as client:
-        client.send(raw)
+        client.send(wire(raw))
         client.socket.shutdown(socket.SHUT_WR)
         with contextlib.suppress(Cut):
             assert client.answer().status == 400
@@ -2094,85 +2815,114 @@ def test_exchange_a_client_that_has_shut_down_its_sending_side_gets_its_answer(s
     with shared.connect() as client:
         client.request("GET", "/half")
         client.socket.shutdown(socket.SHUT_WR)
-        assert client.answer().json["PATH_INFO"] == "/half" and client.ended()
+        assert client.answer().json["PATH_INFO"] == "/half"
+        assert client.ended()
+
+
+def mutate(data: bytes, chance: random.Random) -> bytes:
+    """Replace up to two bytes, in one to three places, by up to two of the troublesome ones."""
+    mutated = bytearray(data)
+    for _ in range(chance.randrange(1, 4)):
+        at = chance.randrange(len(mutated))
+        end = at + chance.randrange(3)
+        new = [chance.choice(b"\0\r\n\t :;,0aG/\x7f\xff") for _ in range(chance.randrange(3))]
+        mutated[at:end] = bytes(new)
+    return bytes(mutated)
 
 
 def test_exchange_random_and_mutated_bytes(shared):
-    """No hang, no traceback, no worker lost; what is answered with 200 is a request, and so is what follows it."""
+    """Nothing hangs, there is no traceback and no 500, and no worker is lost."""
     chance = random.Random(1)
-    corpus = [row[1].replace("|", "\r\n").encode("latin-1") for row in EXCHANGE if len(row[1]) < 1000]
-    workers, since = shared.workers(), len(shared.log())
+    corpus = [wire(row[1]) for row in EXCHANGE if len(row[1]) < 1000]
+    workers = shared.workers()
+    since = len(shared.log())
     for _ in range(1500):
-        raw = bytearray(chance.choice(corpus))
-        for _ in range(chance.randrange(1, 4)):
-            at = chance.randrange(len(raw))
-            raw[at:at + chance.randrange(3)] = bytes(chance.choice(b"\0\r\n\t :;,0aG/\x7f\xff") for _ in
-                                                     range(chance.randrange(3)))
+        raw = mutate(chance.choice(corpus), chance)
         with shared.connect() as client:
-            client.send(bytes(raw))
+            client.send(raw)
             client.socket.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(Cut):
-                while True:
-                    client.more()
-            assert re.match(rb"HTTP/1\.1 \d\d\d [^\r\n]+\r\n|$", bytes(client.buffer)), (raw, client.buffer)
-            assert b" 500 " not in client.buffer.partition(b"\r\n")[0], raw
-    assert shared.workers() == workers and "Traceback" not in shared.log()[since:]
+            answers = client.take_all()
+        assert re.match(rb"HTTP/1\.1 \d\d\d [^\r\n]+\r\n|$", answers), (raw, answers)
+        first_line, _, _ = answers.partition(b"\r\n")
+        assert b" 500 " not in first_line, raw
+    assert shared.workers() == workers
+    assert "Traceback" not in shared.log()[since:]
 
 
-# ==== the responses ==================================================================================================
+# ==== the responses ===============================================================================
 
-RESPONSES = [  # the path, the status, the body
-    # what an application may do
+CUT = "cut"  # something has been sent and something is missing, and the client must see it
+
+# A row has the path, the status and the body, where None is any body.
+# fmt: off
+RESPONSES = [
+    # What an application may do.
     ("/list", 200, b"hello"),
     ("/stream", 200, b"one two"),
     ("/write", 200, b"one two"),
     ("/replaced", 503, b"replaced"),
     ("/closing?closing", 200, b"one two"),
-    ("/big?1000000", 200, b"0123456789abcdef" * 62500),
-    ("/file?0,", 200, b"0123456789" * 100000),
+    ("/big?1000000", 200, b"0123456789abcdef" * 62_500),
+    ("/file?0,", 200, b"0123456789" * 100_000),
     ("/file?999995,", 200, b"56789"),
     ("/file?5,7", 200, b"5678901"),
     ("/file?1000000,0", 200, b""),
     ("/filelike", 200, b"like a file"),
     ("/close", 200, b"closing"),
     ("/hop", 200, b"hop"),
-    # what it may not: nothing of it has been sent, so it becomes a 500
-    *((f"/{mistake}", 500, None) for mistake in ("crlf", "control", "crlfname", "crlfstatus", "raise", "nothing",
-                                                 "twice", "none", "str", "emptystr", "sysexit")),
-    # something has been sent: the surplus never is, and what is missing must be seen to be missing
+
+    # What it may not do. Nothing has been sent by then, so the answer becomes a 500.
+    ("/crlf", 500, None),
+    ("/control", 500, None),
+    ("/crlfname", 500, None),
+    ("/crlfstatus", 500, None),
+    ("/raise", 500, None),
+    ("/nothing", 500, None),
+    ("/twice", 500, None),
+    ("/none", 500, None),
+    ("/str", 500, None),
+    ("/emptystr", 500, None),
+    ("/sysexit", 500, None),
+
+    # Something has been sent by then. Surplus bytes never are.
     ("/surplus", 200, b"hello"),
     ("/surpluswrite", 200, b"hello"),
     ("/raiseatend", 200, b"all "),
-    *((path, 200, "cut") for path in ("/short", "/file?999995,10", "/raisemidway", "/late")),
+    ("/short", 200, CUT),
+    ("/file?999995,10", 200, CUT),
+    ("/raisemidway", 200, CUT),
+    ("/late", 200, CUT),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("path, status, body", RESPONSES, ids=[row[0] for row in RESPONSES])
 @pytest.mark.parametrize("method, version", [("GET", "1.1"), ("GET", "1.0"), ("HEAD", "1.1")])
 def test_response(shared, method, version, path, status, body):
-    """Each of them in 1.1, in 1.0 (where the end of the connection may be the end of the body), and for HEAD."""
+    """In HTTP/1.0 the end of the connection may be the end of the body."""
     with shared.connect() as client:
-        client.send(f"{method} {path} HTTP/{version}\r\nHost: a\r\nConnection: keep-alive\r\n\r\n".encode())
+        client.send(wire(f"{method} {path} HTTP/{version}|Host: a|Connection: keep-alive||"))
         try:
             answer = client.answer(method)
         except Cut:
-            assert body == "cut"
+            assert body == CUT
             return
         assert answer.status == status
         assert not [name for name in answer.headers if "injected" in name]
         assert version == "1.1" or "transfer-encoding" not in answer.headers
-        if body == "cut":
-            assert method == "HEAD" or version == "1.0" and "content-length" not in answer.headers, "nobody can tell"
+        if body == CUT:  # and here no client could see it
+            assert method == "HEAD" or version == "1.0" and "content-length" not in answer.headers
         elif method == "GET" and body is not None:
             assert answer.body == body
         if answer.closes or version == "1.0" and "connection" not in answer.headers:
             assert client.ended()
-        elif body != "cut":
-            assert path != "/close" and client.get("/list").body == b"hello"
+        elif body != CUT:
+            assert path != "/close"
+            assert client.get("/list").body == b"hello"
 
 
 def test_response_header_fields(shared):
-    """Hop-by-hop fields are the server's own, and what has no body announces none."""
+    """Hop-by-hop fields are the server's own. An answer without a body announces none."""
     hop = shared.get("/hop").headers
     assert hop["x-kept"] == "yes"
     assert not {"keep-alive", "upgrade", "proxy-authenticate", "te"} & set(hop)
@@ -2188,7 +2938,10 @@ def test_response_header_fields(shared):
 
 
 def test_response_iterables_are_closed_in_any_case(shared):
-    """close() is called once: at the end, when the client has gone away, and for a file that was wrapped."""
+    """close() is called once.
+
+    That is so at the end, after the client has gone away, for HEAD, and for a wrapped file.
+    """
     shared.get("/closing?at-the-end")
     since = len(shared.log())
     with shared.connect() as client:
@@ -2201,51 +2954,73 @@ def test_response_iterables_are_closed_in_any_case(shared):
     (shared.folder / "file.closed").unlink(missing_ok=True)
     shared.get("/filelike")
     for name in ("at-the-end", "gone", "head", "never-ends", "file"):
-        until(lambda: shared.log(f"{name}.closed") == "closed\n")
+        until(lambda name=name: shared.log(f"{name}.closed") == "closed\n")
     assert "Traceback" not in shared.log()[since:]
 
 
 def test_response_an_applications_traceback_is_logged_whole(shared):
+    """The client is told nothing of it."""
     since = len(shared.log())
     body = shared.get("/raise").body
     shared.wait_log("Traceback(?s:.+)app.py(?s:.+)ValueError: the application's own mistake", since)
-    assert b"Traceback" not in body and b"app.py" not in body, "the client is told nothing of it"
+    assert b"Traceback" not in body
+    assert b"app.py" not in body
 
 
 def test_response_the_environ_is_complete(shared):
     seen = shared.get("/a?b").json
-    assert seen["wsgi.url_scheme"] == "http" and seen["wsgi.multithread"] is seen["wsgi.multiprocess"] is True
-    assert seen["wsgi.run_once"] is False and seen["SCRIPT_NAME"] == "" and seen["SERVER_PORT"] == str(shared.port)
-    assert seen["REMOTE_ADDR"] == "127.0.0.1" and seen["REMOTE_PORT"].isdigit() and seen["SERVER_NAME"]
-    assert seen["hupserve.generation"] == 1 and isinstance(seen["hupserve.worker"], int)
+    assert seen["wsgi.url_scheme"] == "http"
+    assert seen["wsgi.multithread"] is True
+    assert seen["wsgi.multiprocess"] is True
+    assert seen["wsgi.run_once"] is False
+    assert seen["SCRIPT_NAME"] == ""
+    assert seen["SERVER_NAME"]
+    assert seen["SERVER_PORT"] == str(shared.port)
+    assert seen["REMOTE_ADDR"] == "127.0.0.1"
+    assert seen["REMOTE_PORT"].isdigit()
+    assert seen["hupserve.generation"] == 1
+    assert isinstance(seen["hupserve.worker"], int)
     assert not {"HTTP_CONTENT_LENGTH", "HTTP_CONTENT_TYPE"} & set(seen)
 
 
 def test_response_requests_that_repeat_share_nothing(serve):
-    """Heads are cached, both ways: but an environ is its request's, an address the client's, a Date the second's."""
-    server = serve("[app:main]\nwsgi = app:application\n")  # no factory, which would copy the environ
+    """Guards: the caches of heads, which may not be seen.
+
+    Each request has an environ of its own and its own client's address, and each second has its
+    own Date. (The test's application has no factory, because that would copy the environ.)
+    """
+    server = serve("[app:main]\nwsgi = app:application\n")
     with server.connect() as one, server.connect() as other:
-        first, second, third = one.get("/spoil?a"), one.get("/spoil?a"), other.get("/spoil?a")
-        assert set(first.json) == set(second.json) == set(third.json) and len(first.json) > 20
+        first = one.get("/spoil?a")
+        second = one.get("/spoil?a")
+        third = other.get("/spoil?a")
+        assert len(first.json) > 20
+        assert set(second.json) == set(first.json)
+        assert set(third.json) == set(first.json)
         for client, answer in ((one, first), (one, second), (other, third)):
             assert answer.json["REMOTE_PORT"] == str(client.socket.getsockname()[1])
         assert one.get("/spoil?b").json["QUERY_STRING"] == "b"
-        until(lambda: one.get("/spoil?a").headers["date"] != first.headers["date"], "another second")
+        date = first.headers["date"]
+        until(lambda: one.get("/spoil?a").headers["date"] != date, "another second")
 
 
-@pytest.mark.parametrize("length", [5, 70000, 1000000])
+@pytest.mark.parametrize("length", [5, 70_000, 1_000_000])
 @pytest.mark.parametrize("chunks", [0, 1, 7])
 def test_response_a_body_read_by_one_read_is_whole(shared, length, chunks):
-    """In one read() without a size, which is another way through the standard library's readers."""
-    head = b"POST /whole HTTP/1.1\r\nHost: test\r\n"
-    body = b"Content-Length: %d\r\n\r\n%b" % (length, b"x" * length)
+    """read() without a size takes another way through the standard library's readers."""
+    request = b"POST /whole HTTP/1.1\r\nHost: test\r\n"
     if chunks:
-        sizes = [length // chunks] * (chunks - 1) + [length - length // chunks * (chunks - 1)]
-        body = b"".join(b"%x\r\n%b\r\n" % (size, b"x" * size) for size in sizes if size)
-        body = b"Transfer-Encoding: chunked\r\n\r\n" + body + b"0\r\n\r\n"
+        size = length // chunks
+        sizes = [size] * (chunks - 1) + [length - size * (chunks - 1)]
+        request += b"Transfer-Encoding: chunked\r\n\r\n"
+        for size in filter(None, sizes):
+            request += b"%x\r\n%b\r\n" % (size, b"x" * size)
+        request += b"0\r\n\r\n"
+    else:
+        request += b"Content-Length: %d\r\n\r\n%b" % (length, b"x" * length)
     with shared.connect() as client:
         for _ in range(2):
-            assert client.send(head + body).answer().body == b"%d " % length
+            assert client.send(request).answer().body == b"%d " % length
 
 
 def test_response_a_file_whose_size_is_unknown_is_read(shared):
@@ -2256,37 +3031,75 @@ def test_response_a_write_that_was_kept_writes_no_more(serve):
     server = serve(workers=1)
     with server.connect() as client:
         for _ in range(3):
-            assert client.get("/keep").body == b"not late" and client.buffer == b""
+            assert client.get("/keep").body == b"not late"
+            assert client.buffer == b""
+
+
+VALIDATED = (
+    "[pipeline:main]\npipeline = validate app\n"
+    "[filter:validate]\npaste.filter_factory = app:validate\n"
+    + Server.APP.replace("app:main", "app:app", 1)
+)
+VALIDATED_PATHS = {
+    "/": 200,
+    "/list": 200,
+    "/stream": 200,
+    "/file?0,10": 200,
+    "/filelike": 200,
+    "/big?160000": 200,
+    "/a%20b?c=d": 200,
+    "/replaced": 503,
+}
+VALIDATED_REQUESTS = [
+    "GET PATH HTTP/1.1|Host: a||",
+    "GET PATH HTTP/1.0|Host: a||",
+    "HEAD PATH HTTP/1.1|Host: a||",
+    "POST PATH HTTP/1.1|Host: a|Content-Length: 5|Content-Type: text/plain||hello",
+    "POST PATH HTTP/1.1|Host: a|Transfer-Encoding: chunked||5|hello|0||",
+    "OPTIONS PATH HTTP/1.1|Host: a||",
+]
 
 
 def test_response_wsgiref_validate_has_nothing_to_say(serve):
     """The standard library's own judge of servers stands between hupserve and the application."""
-    server = serve("[pipeline:main]\npipeline = validate app\n[filter:validate]\npaste.filter_factory = app:validate\n"
-                   + Server.APP.replace("app:main", "app:app", 1))
+    server = serve(VALIDATED)
     (server.folder / "data").write_bytes(b"0123456789")
-    for path in ("/", "/list", "/stream", "/file?0,10", "/filelike", "/big?160000", "/a%20b?c=d", "/replaced"):
-        for head in (f"GET {path} HTTP/1.1\r\n", f"GET {path} HTTP/1.0\r\n", f"HEAD {path} HTTP/1.1\r\n",
-                     f"POST {path} HTTP/1.1\r\nContent-Length: 5\r\nContent-Type: text/plain\r\n",
-                     f"POST {path} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n", f"OPTIONS {path} HTTP/1.1\r\n"):
+    for path, status in VALIDATED_PATHS.items():
+        for request in VALIDATED_REQUESTS:
+            method, _, _ = request.partition(" ")
             with server.connect() as client:
-                body = "hello" if "Length" in head else "5\r\nhello\r\n0\r\n\r\n" if "chunked" in head else ""
-                client.send(f"{head}Host: a\r\n\r\n{body}".encode())
-                assert client.answer(head.split()[0]).status == (503 if path == "/replaced" else 200)
+                client.send(wire(request.replace("PATH", path)))
+                assert client.answer(method).status == status
     assert not re.search("Assertion|Warning|ERROR", server.log())
 
 
 FRAMEWORKS = {
-    "flask": "import flask\napp = flask.Flask(__name__)\n"
-             "@app.route('/<name>', methods=['POST'])\n"
-             "def hello(name):\n    return name + flask.request.form['greeting']\n",
-    "bottle": "import bottle\napp = bottle.Bottle()\n"
-              "@app.post('/<name>')\n"
-              "def hello(name):\n    return name + bottle.request.forms['greeting']\n",
-    "django": "import django.conf, django.http, django.urls, django.core.wsgi\n"
-              "def hello(request, name):\n    return django.http.HttpResponse(name + request.POST['greeting'])\n"
-              "urlpatterns = [django.urls.path('<name>', hello)]\n"
-              "django.conf.settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=['*'], SECRET_KEY='x')\n"
-              "app = django.core.wsgi.get_wsgi_application()\n",
+    "flask": """\
+import flask
+app = flask.Flask(__name__)
+
+@app.route('/<name>', methods=['POST'])
+def hello(name):
+    return name + flask.request.form['greeting']
+""",
+    "bottle": """\
+import bottle
+app = bottle.Bottle()
+
+@app.post('/<name>')
+def hello(name):
+    return name + bottle.request.forms['greeting']
+""",
+    "django": """\
+import django.conf, django.http, django.urls, django.core.wsgi
+
+def hello(request, name):
+    return django.http.HttpResponse(name + request.POST['greeting'])
+
+urlpatterns = [django.urls.path('<name>', hello)]
+django.conf.settings.configure(ROOT_URLCONF=__name__, ALLOWED_HOSTS=['*'], SECRET_KEY='x')
+app = django.core.wsgi.get_wsgi_application()
+""",
 }
 
 
@@ -2302,19 +3115,26 @@ def test_response_frameworks_run_unchanged(serve, framework):
         server.reload()
 
 
-# ==== the slow =======================================================================================================
+# ==== the slow ====================================================================================
+
 
 def test_slow_heads_and_first_requests_end_at_header_timeout(serve):
+    """A client that sends nothing, half a head, or a head byte by byte is let go."""
     server = serve(header_timeout=1)
-    with server.connect() as silent, server.connect() as half, server.connect() as dribbles:
+    with server.connect() as silent, server.connect() as half, server.connect() as dribbling:
         half.send(b"GET / HTTP/1.1\r\nHost: test\r\n")
         answer = half.answer()
-        assert answer.status == 408 and answer.closes and half.ended()
-        with contextlib.suppress(ConnectionError, AssertionError):  # 408 or nothing, but an end, and no later answer
-            for byte in b"GET / HTTP/1.1\r\nHost: test\r\nX: " + b"x" * 200:
-                dribbles.send(bytes([byte]))
-                time.sleep(0.1)
-            pytest.fail("a head was received for 20 s")
+        assert answer.status == 408
+        assert answer.closes
+        assert half.ended()
+
+        head = b"GET / HTTP/1.1\r\nHost: test\r\nX: " + b"x" * 200
+        pause = 0.1
+        with pytest.raises(ConnectionError):  # if not, the head was received for over 20 s
+            for byte in head:
+                dribbling.send(bytes([byte]))
+                time.sleep(pause)
+
         with contextlib.suppress(Cut):
             silent.answer()
         assert silent.ended()
@@ -2327,14 +3147,18 @@ def test_slow_clients_idle_connections_end_at_keepalive_timeout(serve):
         assert client.ended(), "without a word"
     server.reload(keepalive_timeout=0)
     with server.connect() as client:
-        assert client.get().closes and client.ended()
+        assert client.get().closes
+        assert client.ended()
 
 
-@pytest.mark.parametrize("head", ["Content-Length: 1000", "Content-Length: 100000", "Transfer-Encoding: chunked"])
-def test_slow_bodies_end_at_io_timeout(serve, head):
+BODIES = ["Content-Length: 1000", "Content-Length: 100000", "Transfer-Encoding: chunked"]
+
+
+@pytest.mark.parametrize("field", BODIES)
+def test_slow_bodies_end_at_io_timeout(serve, field):
     server = serve(workers=1, threads=1, io_timeout=1)
     with server.connect() as client:
-        client.send(f"POST / HTTP/1.1\r\nHost: test\r\n{head}\r\n\r\n".encode())
+        client.send(wire(f"POST / HTTP/1.1|Host: test|{field}||"))
         with contextlib.suppress(Cut):
             assert client.answer().status == 408
         assert client.ended()
@@ -2352,32 +3176,40 @@ def test_slow_readers_end_at_io_timeout(serve):
 
 
 def test_slow_but_steady_is_no_reason_to_end(serve):
-    """io_timeout is about progress, not about the whole: this takes longer, in small steps."""
+    """io_timeout is about progress, not about the whole. This takes longer, in small steps."""
+    size = 100_000
+    steps = 10
     server = serve(io_timeout=2)
     with server.connect() as client:
-        client.send(b"POST /size HTTP/1.1\r\nHost: test\r\nContent-Length: 100000\r\n\r\n")
-        for _ in range(10):
-            client.send(b"x" * 10000)
+        client.send(wire(f"POST /size HTTP/1.1|Host: test|Content-Length: {size}||"))
+        for _ in range(steps):
+            client.send(b"x" * (size // steps))
             time.sleep(0.3)
-        assert client.answer().body == b"100000"
+        assert client.answer().body == b"%d" % size
 
 
-@pytest.mark.parametrize("path", ["/big?12000000", "/file?0,"])
+SIZE_FOR_THE_SLOW = 12_000_000
+
+
+@pytest.mark.parametrize("path", [f"/big?{SIZE_FOR_THE_SLOW}", "/file?0,"])
 def test_slow_but_steady_readers_are_served_to_the_end(serve, path):
-    """Guards: a look at what is queued. poll() says that there is room when a third of the kernel's buffer is free."""
+    """Guards: progress is measured by what is queued in the kernel.
+
+    poll() reports room only when a third of the kernel's buffer is free.
+    """
     server = serve(workers=1, io_timeout=1)
-    (server.folder / "data").write_bytes(b"x" * 12000000)
+    (server.folder / "data").write_bytes(b"x" * SIZE_FOR_THE_SLOW)
     with server.connect(receive_buffer=65536) as client:
         client.request("GET", path)
         end = time.monotonic() + 2.5
         while time.monotonic() < end:
             client.more()
             time.sleep(0.2)  # a few hundred kilobytes a second
-        assert len(client.answer().body) == 12000000
+        assert len(client.answer().body) == SIZE_FOR_THE_SLOW
 
 
 def test_slow_readers_of_next_to_nothing_end_at_io_timeout(serve):
-    """A few bytes now and then are no progress: as slowhttptest -X does it."""
+    """A few bytes now and then are no progress. (slowhttptest -X attacks so.)"""
     server = serve(workers=1, threads=1, io_timeout=1)
     with server.connect(receive_buffer=4096) as client:
         client.request("GET", "/endless?reader")
@@ -2389,20 +3221,25 @@ def test_slow_readers_of_next_to_nothing_end_at_io_timeout(serve):
 
 
 def test_slow_the_longest_idle_connection_makes_room(serve):
-    server = serve(workers=1, threads=1, connections=5)  # of two threads the second may be back before the first
+    """There is one thread, because of two the second might hand back its connection first."""
+    server = serve(workers=1, threads=1, connections=5)
     clients = [server.connect() for _ in range(5)]
     for client in clients:
         client.get()
-    clients[0].get()  # so it is the second that has been idle for the longest
+    refreshed, longest_idle, *others = clients
+    refreshed.get()
     with server.connect() as newcomer:
         assert newcomer.get().status == 200
-        assert clients[1].ended()
-        for client in clients[:1] + clients[2:]:
+        assert longest_idle.ended()
+        for client in [refreshed, *others]:
             assert client.get().status == 200
 
 
 def test_slow_more_clients_than_connections_take_turns(serve):
-    """Guards: nobody who has just come, or just been answered, makes room; where somebody waits, none is kept."""
+    """Guards: a connection that is new, or was just answered, does not make room for another.
+
+    While a client is queued, no connection is kept.
+    """
     server = serve(workers=1, threads=4, connections=8)
     with Load(server, keep=20, closing=20) as load:
         for _ in range(10):
@@ -2411,8 +3248,8 @@ def test_slow_more_clients_than_connections_take_turns(serve):
     assert load.lost == []
 
 
-def test_slow_nor_do_those_wait_who_come_when_all_threads_are_busy(serve):
-    """Guards: who is pressed knows it also when accepting resumes."""
+def test_slow_and_so_do_clients_that_come_when_all_threads_are_busy(serve):
+    """Guards: a worker that resumes accepting knows that it was full."""
     server = serve(workers=1, threads=1, connections=3)
     with Load(server, keep=10, closing=0, path="/nap") as load:
         for _ in range(10):
@@ -2422,26 +3259,33 @@ def test_slow_nor_do_those_wait_who_come_when_all_threads_are_busy(serve):
 
 
 def test_slow_newcomers_go_to_the_worker_with_the_fewest_connections(serve):
-    """Guards: who has more leaves them to the others for a moment, or who is awake could take nearly all of a burst."""
+    """Guards: a worker with more connections leaves a client to the others for a moment.
+
+    Otherwise a worker that is awake could take nearly all of a burst. One fair burst of twenty is
+    enough here, because the machine may be busy with other things.
+    """
+    burst = 60
     server = serve(workers=2)
     early, late = server.workers()
 
-    def shares():
-        with contextlib.ExitStack() as stack:
-            for worker in early, late:
-                os.kill(worker, signal.SIGSTOP)
-            clients = [stack.enter_context(server.connect()) for _ in range(60)]
-            before = len(descriptors(early))
-            os.kill(early, signal.SIGCONT)
-            until(lambda: len(descriptors(early)) > before, "one to accept")
-            os.kill(late, signal.SIGCONT)
-            return collections.Counter(client.get().json["pid"] for client in clients).values()
+    def larger_share():
+        for worker in early, late:
+            os.kill(worker, SIGSTOP)
+        clients = [server.connect() for _ in range(burst)]
+        before = len(descriptors(early))
+        os.kill(early, SIGCONT)
+        until(lambda: len(descriptors(early)) > before, "one to accept")
+        os.kill(late, SIGCONT)
+        shares = collections.Counter(client.get().json["pid"] for client in clients)
+        for client in clients:
+            client.close()
+        return max(shares.values())
 
-    assert any(max(shares()) <= 40 for _ in range(20))  # of twenty bursts: the machine may be busy with other things
+    assert any(larger_share() <= 2 / 3 * burst for _ in range(20))
 
 
 def test_slow_newcomers_are_not_starved_by_kept_connections(serve):
-    """One new connection is accepted each time a thread comes free, before a waiting one gets it."""
+    """Each time a thread comes free, one new connection is accepted before a waiting one runs."""
     server = serve(workers=1, threads=2)
     with Load(server, keep=10, closing=0, path="/nap") as load:
         load.more(50)
@@ -2450,21 +3294,29 @@ def test_slow_newcomers_are_not_starved_by_kept_connections(serve):
     assert load.lost == []
 
 
-# ==== the operator ===================================================================================================
+# ==== the operator ================================================================================
+
+OPENSSL = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    " -subj /CN=localhost -addext subjectAltName=DNS:localhost -keyout NAME.key -out NAME.pem"
+)
+
 
 @pytest.fixture
 def certificates(folder):
-    """Two self-signed certificates for localhost, as (certfile, keyfile)."""
+    """Two self-signed certificates for localhost, each as the ini's certfile and keyfile."""
     if not shutil.which("openssl"):
         pytest.skip("no openssl command")
+    pairs = []
     for name in ("one", "two"):
-        command = ("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost "
-                   f"-addext subjectAltName=DNS:localhost -keyout {name}.key -out {name}.pem")
-        subprocess.run(command.split(), cwd=folder, check=True, stderr=subprocess.DEVNULL)
-    return [{"certfile": folder / f"{name}.pem", "keyfile": folder / f"{name}.key"} for name in ("one", "two")]
+        command = OPENSSL.replace("NAME", name).split()
+        subprocess.run(command, cwd=folder, check=True, stderr=subprocess.DEVNULL)
+        pairs.append({"certfile": folder / f"{name}.pem", "keyfile": folder / f"{name}.key"})
+    return pairs
 
 
-def trusting(pair):
+def trusting(pair: dict[str, Path]) -> ssl.SSLContext:
+    """Return a client's context that trusts this certificate only."""
     context = ssl.create_default_context(cafile=str(pair["certfile"]))
     context.set_alpn_protocols(["h2", "http/1.1"])
     return context
@@ -2472,20 +3324,30 @@ def trusting(pair):
 
 @beyond_core
 def test_operator_tls_and_its_renewal(serve, certificates):
-    """The certificate changes at a reload; a connection in flight ends under the old one; a bad pair is refused."""
+    """The certificate changes at a reload, and a bad pair is refused.
+
+    A connection in flight ends under the old certificate.
+    """
     one, two = certificates
     server = serve(workers=1, log_level="debug", **one)
     assert server.addresses == [f"https://127.0.0.1:{server.port}"]
     with server.connect(tls=trusting(one)) as client:
         assert client.socket.selected_alpn_protocol() == "http/1.1"
         assert client.get().json["wsgi.url_scheme"] == "https"
-        for size in (1000, 300000):  # more than one record, of which the server's selector may see nothing
+        # The larger body takes several TLS records. Some of it may be decrypted already, inside the
+        # SSLSocket, where the server's selector does not see it.
+        for size in (1000, 300_000):
             assert client.post("/", b"x" * size).json["body"] == "x" * size
         client.request("GET", "/one")
         client.request("GET", "/two")
-        assert [client.answer().json["PATH_INFO"] for _ in range(2)] == ["/one", "/two"]
-        assert client.get("/big?8000000").body == b"0123456789abcdef" * 500000
-        server.reload("reload refused: .*(?:keyfile|certfile).*", certfile=one["certfile"], keyfile=two["keyfile"])
+        assert client.answer().json["PATH_INFO"] == "/one"
+        assert client.answer().json["PATH_INFO"] == "/two"
+        assert client.get("/big?8000000").body == b"0123456789abcdef" * 500_000
+        server.reload_fails(
+            "reload refused: .*(?:keyfile|certfile).*",
+            certfile=one["certfile"],
+            keyfile=two["keyfile"],
+        )
         client.request("GET", "/hold?held")
         until((server.folder / "held.began").exists)
         server.reload(**two)
@@ -2500,51 +3362,70 @@ def test_operator_tls_and_its_renewal(serve, certificates):
 
 @beyond_core
 def test_operator_tls_handshakes_delay_nobody(serve, certificates):
-    """Whoever stalls in one, or speaks something else, costs no thread and leaves a debug line, no traceback."""
+    """A client that stalls in its handshake, or speaks something else, costs no thread.
+
+    It leaves a debug line and no traceback.
+    """
+    half_a_hello = b"\x16\x03\x01\x02\x00\x01\x00"
     server = serve(workers=1, threads=1, header_timeout=1, log_level="debug", **certificates[0])
     stalled = [server.connect() for _ in range(20)]
-    half = server.connect().send(b"\x16\x03\x01\x02\x00\x01\x00")
+    half = server.connect().send(half_a_hello)
     plain = server.connect().send(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n" * 10)
     garbage = server.connect().send(os.urandom(100))
-    server.connect().send(b"\x16\x03\x01\x02\x00\x01\x00").close()
+    server.connect().send(half_a_hello).close()
     with server.connect(tls=trusting(certificates[0])) as client:
         assert client.get().status == 200
     for client in [*stalled, half, plain, garbage]:
         with contextlib.suppress(ConnectionResetError):
-            while client.socket.recv(1000):  # an alert, maybe, and then the end
+            while client.socket.recv(1000):  # an alert, perhaps, before the end
                 pass
-    assert "DEBUG" in server.log() and "ERROR" not in server.log()
+    assert "DEBUG" in server.log()
+    assert "ERROR" not in server.log()
 
 
 @beyond_core
 def test_operator_unix_sockets(serve, folder):
-    """Created as umask says, replaced when stale, kept by their inode, refused when live, gone when dropped."""
-    path, other = folder / "socket", folder / "other"
+    """A socket file has the umask's mode, replaces a stale one, and keeps its inode at a reload.
+
+    It is refused where another server is alive, and removed when its address is dropped.
+    """
+    path = folder / "socket"
+    other = folder / "other"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
-    server = serve(listen=f"unix:{path}", prefix=["sh", "-c", 'umask 077; exec "$@"', "sh"])
+    server = serve(listen=f"unix:{path}", prefix=in_shell("umask 077"))
     assert server.addresses == [f"unix:{path}"]
     assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
     assert server.get(address=path).json["PATH_INFO"] == "/"
+
     inode = path.stat().st_ino
     server.reload(listen=f"unix:{path} unix:{other}")
-    assert path.stat().st_ino == inode and server.get(address=other).json["hupserve.generation"] == 2
-    stop = run(server.ini, cwd=folder)
-    assert stop.returncode == 1 and str(path) in stop.stderr and len(stop.stderr.splitlines()) == 1
-    assert server.get(address=path).status == 200, "the refused one has not taken it away"
+    assert path.stat().st_ino == inode
+    assert server.get(address=other).json["hupserve.generation"] == 2
+
+    second = run(server.ini, cwd=folder)
+    assert second.returncode == 1
+    assert str(path) in second.stderr
+    assert is_one_line(second)
+    assert server.get(address=path).status == 200, "the second has not taken it away"
+
     server.reload(listen=f"unix:{other}")
     until(lambda: not path.exists())
+
+    # Another server takes the path between the reload's bind and its commit.
     server.write_app(GATE + APPLICATION)
-    server.release("gate")
+    server.touch("gate")
     server.write(listen=f"unix:{other} unix:{path}")
     server.signal()
-    until(path.exists, "the reload, in which it is bound")
+    until(path.exists, "the reload to bind it")
     with shared_server(listen=f"unix:{path}") as another:
-        (folder / "gate").unlink()
+        server.remove("gate")
         server.wait_log("rolled back: .*another master")
         assert another.get(address=path).json["pid"] in another.workers()
     server.write_app(APPLICATION)
-    other.unlink()  # by some cleaner of folders: that is no reason to refuse all further reloads
+
+    # Some cleaner of folders removes the file. Further reloads must work nevertheless.
+    other.unlink()
     server.reload(listen=f"unix:{other}")
     server.stop()
     assert not other.exists()
@@ -2565,161 +3446,227 @@ def test_operator_ipv6_and_all_addresses(serve):
     assert server.get(address=("::1", port)).json["REMOTE_ADDR"] == "::1"
 
 
+# What systemd does between fork and exec: the sockets become descriptors 3, 4 and so on.
 HAND_OVER = """
 import os, sys
-for number, descriptor in enumerate(sys.argv[1].split(",")):
-    os.dup2(int(descriptor), 3 + number)
-os.environ.update(LISTEN_FDS=str(number + 1), LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES="x")
+numbers = sys.argv[1].split(",")
+for place, number in enumerate(numbers, start=3):
+    os.dup2(int(number), place)
+os.environ["LISTEN_FDS"] = str(len(numbers))
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDNAMES"] = "x"
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
 @beyond_core
 def test_operator_socket_activation(serve, folder):
-    """LISTEN_FDS: the sockets are another's. The program itself is replaced, and no client is refused."""
+    """The sockets are systemd's. The program itself is replaced, and no client is refused."""
+    path = folder / "socket"
     with contextlib.ExitStack() as stack:
-        tcp, unix = stack.enter_context(socket.socket()), stack.enter_context(socket.socket(socket.AF_UNIX))
+        tcp = stack.enter_context(socket.socket())
+        unix = stack.enter_context(socket.socket(socket.AF_UNIX))
         tcp.bind(("127.0.0.1", 0))
-        unix.bind(str(folder / "socket"))
+        unix.bind(str(path))
         numbers = []
-        for held in (tcp, unix):
-            held.listen()
-            numbers.append(fcntl.fcntl(held.fileno(), fcntl.F_DUPFD, 50))  # out of the way of 3 and 4
-            stack.callback(os.close, numbers[-1])
-        server = serve(listen=f"127.0.0.1:{tcp.getsockname()[1]} unix:{folder / 'socket'}", popen={"pass_fds": numbers},
-                       prefix=[PYTHON, "-c", HAND_OVER, ",".join(map(str, numbers))])
-        assert not [key for key in server.get("/environment").json if key.startswith("LISTEN_")]
-        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), "an answer in two pieces would take 40 ms"
+        for listener in (tcp, unix):
+            listener.listen()
+            # Out of the way of 3 and 4, which HAND_OVER fills.
+            number = fcntl.fcntl(listener.fileno(), fcntl.F_DUPFD, 50)
+            stack.callback(os.close, number)
+            numbers.append(number)
+        server = serve(
+            listen=f"127.0.0.1:{tcp.getsockname()[1]} unix:{path}",
+            popen={"pass_fds": numbers},
+            prefix=[PYTHON, "-c", HAND_OVER, ",".join(map(str, numbers))],
+        )
+        environment = server.get("/environment").json
+        assert not [key for key in environment if key.startswith("LISTEN_")]
+        # Without it an answer in two pieces would take 40 ms.
+        assert tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         with Load(server, keep=0, closing=4) as load:
             load.more()
             server.reload()
             load.more()
             server.stop()
-            assert (folder / "socket").exists(), "it is not ours to remove"
+            assert path.exists(), "it is not hupserve's to remove"
             server.stderr.unlink()
             server.start()
             load.more()
         assert load.lost == []
-        assert server.get(address=folder / "socket").json["PATH_INFO"] == "/"
+        assert server.get(address=path).json["PATH_INFO"] == "/"
+
+
+def monotonic_microseconds() -> int:
+    """Return what systemd expects in MONOTONIC_USEC."""
+    return time.monotonic_ns() // 1000
+
+
+class Notifications:
+    """The socket on which systemd would listen for sd_notify's datagrams."""
+
+    LARGEST = 4096  # bytes; systemd drops larger ones
+
+    def __init__(self, name: str) -> None:
+        """name: a path, or a name in the abstract namespace with a leading @"""
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(name.replace("@", "\0"))
+        self.socket.settimeout(DEADLINE)
+
+    def next(self, *expected: str) -> dict[str, str]:
+        """Return the next message that is more than a STATUS. It must have these keys."""
+        while True:
+            lines = self.socket.recv(self.LARGEST).decode().splitlines()
+            message = dict(line.split("=", 1) for line in lines)
+            if set(message) != {"STATUS"}:
+                assert set(expected) <= set(message), message
+                return message
+
+    def wait_for_reload_since(self, began: int) -> None:
+        """Wait for a RELOADING whose time, in microseconds, is not before `began`."""
+        while True:
+            message = self.next()
+            if "RELOADING" in message and int(message["MONOTONIC_USEC"]) >= began:
+                return
 
 
 @beyond_core
 @pytest.mark.parametrize("abstract", [False, True], ids=["file", "abstract"])
 def test_operator_sd_notify(serve, folder, abstract):
-    """READY, and for every SIGHUP RELOADING and READY again, whatever became of it; STOPPING at the end."""
+    """READY comes at the start, and STOPPING at the end.
+
+    Every SIGHUP is answered by RELOADING and then READY, whatever became of the reload.
+    """
     name = f"@hupserve-test-{os.getpid()}" if abstract else str(folder / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.bind(name.replace("@", "\0"))
-        notify.settimeout(DEADLINE)
-
-        def next_message(*expected):
-            """The next one that is more than a STATUS."""
-            while True:
-                message = dict(line.split("=", 1) for line in notify.recv(4096).decode().splitlines())
-                if set(message) != {"STATUS"}:
-                    assert set(expected) <= set(message), message
-                    return message
-
+    notifications = Notifications(name)
+    with notifications.socket:
         server = serve(env={"NOTIFY_SOCKET": name})
-        next_message("READY")
+        notifications.next("READY")
         assert "NOTIFY_SOCKET" not in server.get("/environment").json
-        for change in ({"workers": 3}, {"workers": "none"}, {"workers": 2}):
-            before = time.monotonic_ns() // 1000
-            server.write(**change)
+
+        for workers in (3, "none", 2):
+            began = monotonic_microseconds()
+            server.write(workers=workers)
             server.signal()
-            message = next_message("RELOADING", "MONOTONIC_USEC")
+            message = notifications.next("RELOADING", "MONOTONIC_USEC")
             assert message["RELOADING"] == "1"
-            assert before <= int(message["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
-            assert next_message("READY", "STATUS")["READY"] == "1"
+            assert began <= int(message["MONOTONIC_USEC"]) <= monotonic_microseconds()
+            assert notifications.next("READY", "STATUS")["READY"] == "1"
+
+        # An error with a surrogate, as os.fsdecode() makes of some file names.
         server.tracebacks = True
-        server.write_app("raise RuntimeError('\\udcff')\n")  # as os.fsdecode() makes of a file's name
+        server.write_app("raise RuntimeError('\\udcff')\n")
         server.signal()
-        next_message("RELOADING")
-        assert "\\udcff" in next_message("READY")["STATUS"]
+        notifications.next("RELOADING")
+        assert "\\udcff" in notifications.next("READY")["STATUS"]
+
+        # A SIGHUP during a reload is answered, too, with a time after it came.
         server.write_app(GATE + APPLICATION)
-        server.release("gate")
+        server.touch("gate")
         server.signal()
-        next_message("RELOADING")
-        server.signal()  # it is remembered, and answered with a time after it came
-        before = time.monotonic_ns() // 1000
+        notifications.next("RELOADING")
+        server.signal()
+        began = monotonic_microseconds() - 50_000  # the signal came just before
         time.sleep(0.1)
-        (folder / "gate").unlink()
-        while True:
-            message = next_message()
-            if "RELOADING" in message and int(message["MONOTONIC_USEC"]) >= before - 50000:
-                break
-        next_message("READY")
+        server.remove("gate")
+        notifications.wait_for_reload_since(began)
+        notifications.next("READY")
+
         server.signal(SIGTERM)
-        next_message("STOPPING")
+        notifications.next("STOPPING")
         assert server.process.wait(DEADLINE) == 0
 
 
 @beyond_core
 def test_operator_pidfile(serve, folder):
-    pidfile, moved = folder / "pid", folder / "moved"
+    pidfile = folder / "pid"
+    moved = folder / "moved"
+    path = folder / "socket"
+    second = folder / "second.ini"
     pidfile.write_text("999999999\n")  # of a dead server
     server = serve(pidfile=pidfile)
     assert pidfile.read_text().strip() == str(server.pid)
-    (folder / "second.ini").write_text(GOOD.replace(KEY, f"pidfile = {pidfile}"))
-    stop = run(folder / "second.ini", cwd=folder)
-    assert stop.returncode in (1, 2) and str(pidfile) in stop.stderr and len(stop.stderr.splitlines()) == 1
+
+    second.write_text(GOOD.replace(KEY, f"pidfile = {pidfile}"))
+    stop = run(second, cwd=folder)
+    assert stop.returncode in (1, 2)
+    assert str(pidfile) in stop.stderr
+    assert is_one_line(stop)
     assert pidfile.read_text().strip() == str(server.pid)
-    path = folder / "socket"
+
     server.reload(pidfile=moved, listen=f"127.0.0.1:0 unix:{path}")
     until(lambda: moved.exists() and not pidfile.exists())
-    (folder / "second.ini").write_text(GOOD.replace(KEY, f"listen = unix:{path}\npidfile = {moved}"))
-    assert run(folder / "second.ini", cwd=folder).returncode in (1, 2)
-    assert server.get(address=path).status == 200, "the refused one has touched nobody's socket"
+    second.write_text(GOOD.replace(KEY, f"listen = unix:{path}\npidfile = {moved}"))
+    assert run(second, cwd=folder).returncode in (1, 2)
+    assert server.get(address=path).status == 200, "the second has not touched the socket"
     assert moved.read_text().strip() == str(server.pid)
-    server.reload(refused="rolled back: .*pidfile: /dev/full: No space", pidfile="/dev/full")
+
+    server.reload_fails("rolled back: .*pidfile: /dev/full: No space", pidfile="/dev/full")
     server.stop()
     assert not moved.exists()
 
 
-COMBINED = re.compile(r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
-                      r'"((?:[^"\\]|\\.)*)" (\d{3}) (\d+|-) "((?:[^"\\]|\\.)*)" "((?:[^"\\]|\\.)*)" (\d+\.\d+)')
+COMBINED = re.compile(
+    r"127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "
+    r'"(?P<request>(?:[^"\\]|\\.)*)" (?P<status>\d{3}) (?P<size>\d+|-) '
+    r'"(?P<referer>(?:[^"\\]|\\.)*)" "(?P<agent>(?:[^"\\]|\\.)*)" (?P<seconds>\d+\.\d+)'
+)
 
 
 @beyond_core
 def test_operator_access_log(serve):
-    """The combined format and the seconds taken; what clients sent is escaped."""
+    """It has the combined format and the seconds taken. What clients sent is escaped."""
     server = serve(access_log="access.log", workers=1)
     server.get("/a?b", "Referer: http://r/", 'User-Agent: "quoted" \\ caf\xe9')
     with server.connect() as client:
         client.send(b"nonsense\r\n\r\n").answer()
     server.stop()
-    lines = sorted(server.log("access.log").splitlines(), key=lambda line: "nonsense" in line)
-    assert len(lines) == 2 and lines[0].isascii()
-    request, status, size, referer, agent, seconds = COMBINED.fullmatch(lines[0]).groups()
-    assert (request, status, referer) == ("GET /a?b HTTP/1.1", "200", "http://r/") and int(size) > 100 > float(seconds)
-    assert "quoted" in agent and '"quoted"' not in agent.replace('\\"', "")
-    assert COMBINED.fullmatch(lines[1])[2] == "400"
+    lines = server.log("access.log").splitlines()
+    good, bad = sorted(lines, key=lambda line: "nonsense" in line)
+    assert good.isascii()
+    found = COMBINED.fullmatch(good)
+    assert found["request"] == "GET /a?b HTTP/1.1"
+    assert found["status"] == "200"
+    assert found["referer"] == "http://r/"
+    assert int(found["size"]) > 100
+    assert float(found["seconds"]) < 100
+    assert "quoted" in found["agent"]
+    assert '"quoted"' not in found["agent"].replace('\\"', "")
+    assert COMBINED.fullmatch(bad)["status"] == "400"
 
 
 @beyond_core
 def test_operator_log_files_follow_rotation(serve, folder):
-    """They are renamed under load, and nobody is told (or USR1 is sent): no line is lost."""
+    """They are renamed under load, without a signal or with USR1, and no line is lost."""
     server = serve(access_log="access.log", log_file="error.log")
+
+    def lines_in_access_logs():
+        return sum(path.read_text().count("\n") for path in folder.glob("access.log*"))
+
     with Load(server) as load:
-        for number in range(3):
+        for rotation in range(3):
             load.more()
             for path in folder.glob("*.log"):
-                path.rename(f"{path}.{number}")
-            if number:
+                path.rename(f"{path}.{rotation}")
+            if rotation > 0:
                 os.killpg(server.pid, SIGUSR1)
             until((folder / "access.log").exists)
         load.more()
     assert load.lost == []
-    until(lambda: sum(path.read_text().count("\n") for path in folder.glob("access.log*")) == len(load.answered))
+    until(lambda: lines_in_access_logs() == len(load.answered))
     os.kill(min(server.workers()), SIGKILL)
     server.wait_log("replaced", file="error.log")
 
 
-def serve_in_a_terminal(serve, **keywords):
-    """The server, with a new pseudo terminal for 0, 1 and 2; and what closes the window."""
+def serve_in_a_terminal(serve: Serve, **keywords: Any) -> tuple[Server, Callable[[], None]]:
+    """Start a server with a new pseudo terminal for 0, 1 and 2.
+
+    Return the server, and a function that closes the terminal's window.
+    """
     window, line = pty.openpty()
+    terminal = {"stdin": line, "stdout": line, "stderr": line}
     try:
-        server = serve(port=free_port(), popen={"stdin": line, "stdout": line, "stderr": line}, **keywords)
+        server = serve(port=free_port(), popen=terminal, **keywords)
     except BaseException:
         os.close(window)
         raise
@@ -2729,49 +3676,76 @@ def serve_in_a_terminal(serve, **keywords):
 
 
 @beyond_core
-def test_operator_a_closed_terminal_stops_it(serve):
+def test_operator_a_closed_terminal_is_a_reload(serve):
+    """Closing the window sends a HUP, and a HUP is always a reload: the server serves on."""
     server, close_window = serve_in_a_terminal(serve, terminal=True)
     held = server.hold("held")
-    close_window()
-    until(lambda: told(held.worker))
-    server.release("held")
-    assert held.answer().closes and server.process.wait(DEADLINE) == 0
+    with Load(server) as load:
+        load.more()
+        close_window()
+        until(lambda: load.more(10)[-1] >= 2, "the new generation to answer")
+        server.release("held")
+        assert held.answer().closes
+        load.more()
+    assert load.lost == []
+    assert server.process.poll() is None
 
 
 @beyond_core
 @pytest.mark.parametrize("how", ["nohup", "setsid"])
 def test_operator_nohup_and_setsid_outlive_the_terminal(serve, how):
-    nohup = how == "nohup"  # and without a terminal of its own the harness is a setsid
-    server, close_window = serve_in_a_terminal(serve, terminal=nohup, prefix=["nohup"] * nohup)
+    """The HUP of the closed window is a reload, too. After setsid there is none.
+
+    The tests start every server as setsid does, so for setsid there is nothing to add.
+    """
+    if how == "nohup":
+        server, close_window = serve_in_a_terminal(serve, terminal=True, prefix=["nohup"])
+    else:
+        server, close_window = serve_in_a_terminal(serve)
     close_window()
     with Load(server) as load:
         load.more()
-        if nohup:  # the closed window's HUP is a reload, too
+        generation = 1
+        if how == "nohup":
             until(lambda: load.more(10)[-1] == 2)
+            generation = 2
         server.signal(SIGHUP)
-        until(lambda: load.more(10)[-1] == 2 + nohup)
-    assert load.lost == [] and server.process.poll() is None
+        until(lambda: load.more(10)[-1] == generation + 1)
+    assert load.lost == []
+    assert server.process.poll() is None
 
 
 @beyond_core
 def test_operator_status_while_a_slow_request_drains(serve):
-    """Both generations, and what the old one waits for: client, method and path, age; and no query string."""
+    """It shows both generations, and what the old one waits for.
+
+    That is the client, the method, the path and the age, but no query string.
+    """
     server = serve(Server.STATUS)
     held = server.hold("secret")
     server.reload()
-    until(lambda: [worker["state"] for worker in server.status() if worker["generation"] == 1] == ["draining"])
+
+    def states_of_old():
+        return [worker["state"] for worker in server.status() if worker["generation"] == 1]
+
+    until(lambda: states_of_old() == ["draining"])
     workers = server.status()
-    [old] = [worker for worker in workers if worker["generation"] == 1]
-    assert old["pid"] == held.worker and old["in_flight"] == 1
-    [waits] = old["waits_for"]
-    assert waits["request"] == "GET /hold" and waits["age"] >= 0 and "127.0.0.1" in waits["client"]
     assert {worker["generation"] for worker in workers} == {1, 2}
     for worker in workers:
         assert {"worker", "state", "idle", "reading", "in_flight", "served"} <= set(worker)
+    [old] = [worker for worker in workers if worker["generation"] == 1]
+    assert old["pid"] == held.worker
+    assert old["in_flight"] == 1
+    [request] = old["waits_for"]
+    assert request["request"] == "GET /hold"
+    assert request["age"] >= 0
+    assert "127.0.0.1" in request["client"]
+
     page = server.get("/status", "Accept: text/html")
     assert page.headers["content-type"].startswith("text/html")
     assert b"secret" not in page.body
-    assert b"http://" not in page.body and b"https://" not in page.body, "it needs no other host"
+    assert b"http://" not in page.body, "it needs no other host"
+    assert b"https://" not in page.body
     assert server.get("/status", "Accept: application/json").json["workers"]
     assert server.get("/statuses").json["PATH_INFO"] == "/statuses"
     server.release("secret")
@@ -2781,19 +3755,23 @@ def test_operator_status_while_a_slow_request_drains(serve):
 
 @beyond_core
 def test_operator_the_example_runs_as_it_is(serve, folder):
-    text = HUPSERVE.with_name("example.ini").read_text()
-    text = re.sub(r"(?m)^listen *=.*", "listen = 127.0.0.1:0", text)
-    server = serve(text.partition("[server:main]")[2].partition("\n\n")[2])
-    server.ini.write_text(text)
+    """Only its address is another here."""
+    example = HUPSERVE.with_name("example.ini").read_text()
+    example = re.sub(r"(?m)^listen *=.*", "listen = 127.0.0.1:0", example)
+    _, _, after_heading = example.partition("[server:main]")
+    _, _, sections = after_heading.partition("\n\n")
+    server = serve(sections)
+    server.ini.write_text(example)
     server.signal()
     server.wait_log("generation 2 serves")
     page = server.get("/", "Accept: text/html").body
-    assert b"hello" in page and str(server.pid).encode() or page
+    assert b"hello" in page
     assert server.get("/slow?seconds=1").status == 200
-    server.ini.write_text(re.sub(r"(?m)^greeting *=.*", "greeting = <b>good day</b>", text))
+    server.ini.write_text(re.sub(r"(?m)^greeting *=.*", "greeting = <b>good day</b>", example))
     server.reload()
     page = server.get("/", "Accept: text/html").body
-    assert b"&lt;b&gt;good day" in page and b"<b>good day" not in page
+    assert b"&lt;b&gt;good day" in page
+    assert b"<b>good day" not in page
 
 
 COMPOSITE = """
@@ -2820,8 +3798,11 @@ greeting = two
 """
 BY_PATH = """
 def by_path(loader, global_conf, **paths):
-    apps = {f"/{name}": loader.get_app(app, global_conf=global_conf) for name, app in paths.items()}
+    apps = {}
+    for name, app in paths.items():
+        apps[f"/{name}"] = loader.get_app(app, global_conf=global_conf)
     return lambda environ, start_response: apps[environ["PATH_INFO"]](environ, start_response)
+
 def plain(global_conf):
     return lambda app: app
 """
@@ -2829,13 +3810,14 @@ def plain(global_conf):
 
 @beyond_core
 def test_operator_pastedeploy(folder):
-    """What hupserve does not read itself: composites, and another server's keys, which are a warning then."""
+    """Composites are PasteDeploy's, and another server's keys are a warning then."""
     if not importable("paste.deploy"):
         pytest.skip("the server's interpreter has no PasteDeploy")
     server = Server(folder, code=APPLICATION + BY_PATH)
     server.write = lambda: server.ini.write_text(COMPOSITE)
     with server:
-        assert server.get("/first").json["greeting"] == "one" and server.get("/second").json["greeting"] == "two"
+        assert server.get("/first").json["greeting"] == "one"
+        assert server.get("/second").json["greeting"] == "two"
         assert "colour" in server.log()
         server.ini.write_text(COMPOSITE.replace("greeting = two", "greeting = three"))
         server.reload()
@@ -2843,35 +3825,61 @@ def test_operator_pastedeploy(folder):
     assert run("--check", server.ini, cwd=folder).returncode == 0
 
 
+NO_PASTE = """
+import sys
+sys.modules['paste'] = None
+sys.modules['paste.deploy'] = None
+"""
+
+
 @beyond_core
 def test_operator_without_pastedeploy_is_one_clear_line(folder):
-    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['paste'] = sys.modules['paste.deploy'] = None\n")
+    (folder / "sitecustomize.py").write_text(NO_PASTE)
     (folder / "app.py").write_text(APPLICATION + BY_PATH)
     (folder / "paste.ini").write_text(COMPOSITE)
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
     for arguments in ([], ["--check"]):
-        stop = run(*arguments, folder / "paste.ini", cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)})
-        lines = [line for line in stop.stderr.splitlines() if "colour" not in line]
-        assert stop.returncode in (1, 2) and len(lines) == 1 and "PasteDeploy" in lines[0], stop
+        stop = run(*arguments, folder / "paste.ini", cwd=folder, env=environment)
+        assert stop.returncode in (1, 2), stop
+        [line] = [line for line in stop.stderr.splitlines() if "colour" not in line]
+        assert "PasteDeploy" in line
+
+
+def serve_with_unwritable_log(serve: Serve, what: str) -> Server:
+    """Start a server one of whose logs cannot be written."""
+    if what == "a full log file":
+        return serve(log_file="/dev/full")
+    if what == "a full access log":
+        return serve(access_log="/dev/full")
+    if what == "a pipe that nobody reads":
+        read, write = os.pipe()
+        os.close(read)
+        pipes = {"stdout": write, "stderr": write}
+        server = serve(port=free_port(), access_log="-", popen=pipes)
+        os.close(write)
+        return server
+    close = {"closed stderr": "exec 2>&-", "closed 0, 1 and 2": "exec <&- >&- 2>&-"}
+    return serve(port=free_port(), access_log="-", prefix=in_shell(close[what]))
 
 
 @beyond_core
-@pytest.mark.parametrize("what", ["log_file = /dev/full", "access_log = /dev/full", "closed stderr",
-                                  "closed 0, 1 and 2", "a pipe that nobody reads"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a full log file",
+        "a full access log",
+        "closed stderr",
+        "closed 0, 1 and 2",
+        "a pipe that nobody reads",
+    ],
+)
 def test_operator_a_log_that_cannot_be_written_stops_nobody(serve, what):
-    if "full" in what:
-        server = serve(**dict([what.split(" = ")]))
-    elif "pipe" in what:
-        read, write = os.pipe()
-        os.close(read)
-        server = serve(port=free_port(), access_log="-", popen={"stderr": write, "stdout": write})
-        os.close(write)
-    else:
-        close = "2>&-" if what == "closed stderr" else "<&- >&- 2>&-"
-        server = serve(port=free_port(), access_log="-", prefix=["sh", "-c", f'exec "$@" {close}', "sh"])
+    server = serve_with_unwritable_log(serve, what)
+    server.tracebacks = True
     with Load(server) as load:
         load.more()
-        assert server.get("/log?text").body == b"logged" and server.get("/raise").status == 500
-        server.tracebacks = True
+        assert server.get("/log?text").body == b"logged"
+        assert server.get("/raise").status == 500
         server.signal(SIGHUP)
         until(lambda: load.more(10)[-1] == 2)
         os.kill(min(server.workers()), SIGHUP)
@@ -2884,17 +3892,22 @@ def test_operator_a_log_that_cannot_be_written_stops_nobody(serve, what):
 def test_operator_an_ini_that_cannot_be_read_is_a_refused_reload(serve, what):
     server = serve()
     whole = server.ini.read_text()
+    half, _, _ = whole.partition("kers =")  # in the middle of a key
     server.ini.unlink()
     if what == "a folder":
         server.ini.mkdir()
-    elif what != "deleted":
-        server.ini.write_text({"unreadable": whole, "half written": whole[:whole.index("kers =")], "empty": ""}[what])
-    if what == "unreadable":
+    elif what == "unreadable":
+        server.ini.write_text(whole)
         server.ini.chmod(0)
         if os.access(server.ini, os.R_OK):
             pytest.skip("nothing is unreadable to root")
-    line = server.reload("reload refused: .*")
-    assert "hupserve.ini" in line and server.get().json["hupserve.generation"] == 1
+    elif what == "half written":
+        server.ini.write_text(half)
+    elif what == "empty":
+        server.ini.touch()
+    line = server.reload_fails("reload refused: .*")
+    assert "hupserve.ini" in line
+    assert server.get().json["hupserve.generation"] == 1
     if what == "a folder":
         server.ini.rmdir()
     server.write()
@@ -2904,7 +3917,7 @@ def test_operator_an_ini_that_cannot_be_read_is_a_refused_reload(serve, what):
 
 @beyond_core
 def test_operator_a_stopped_master_stops_nobody(serve):
-    """SIGSTOP: the workers serve on; SIGCONT: what came meanwhile is done."""
+    """After SIGSTOP the workers serve on. After SIGCONT the master reloads, as it was told."""
     server = serve()
     with Load(server) as load:
         server.signal(SIGSTOP)
@@ -2913,23 +3926,39 @@ def test_operator_a_stopped_master_stops_nobody(serve):
         assert set(load.more(300)) == {1}
         server.signal(SIGCONT)
         until(lambda: load.more(10)[-1] == 2)
-    assert load.lost == [] and len(server.workers()) == 2
+    assert load.lost == []
+    assert len(server.workers()) == 2
+
+
+JUMPING_CLOCK = """
+import os
+import time
+
+real_time = time.time
+day = 24 * 60 * 60
+
+def jumping_time():
+    if os.path.exists('later'):
+        return real_time() + day
+    if os.path.exists('earlier'):
+        return real_time() - day
+    return real_time()
+
+time.time = jumping_time
+"""
 
 
 @beyond_core
 def test_operator_a_clock_that_jumps_changes_nothing(serve, folder):
-    """Monotonic time everywhere: here the server's time.time() jumps by a day, back and forth."""
-    (folder / "sitecustomize.py").write_text(
-        "import os, time\nreal = time.time\n"
-        "def jumping():\n    return real() + 86400 * (os.path.exists('later') - os.path.exists('earlier'))\n"
-        "time.time = jumping\n")
+    """Guards: monotonic time everywhere. The server's time.time() jumps by a day here."""
+    (folder / "sitecustomize.py").write_text(JUMPING_CLOCK)
     server = serve(env={"PYTHONPATH": str(folder)})
     with server.connect() as client, Load(server) as load:
         client.get()
         for name in ("later", "earlier"):
-            server.release(name)
+            server.touch(name)
             load.more(50)
-            (folder / name).unlink()
+            server.remove(name)
             load.more(50)
             assert not client.get().closes
         server.reload()
@@ -2940,19 +3969,22 @@ def test_operator_a_clock_that_jumps_changes_nothing(serve, folder):
 @beyond_core
 def test_operator_idle_it_uses_no_processor_time(serve):
     server = serve()
+
+    def cpu():
+        return sum(process.cpu for process in processes() if process.session == server.pid)
+
     with server.connect() as client:
         client.get()
-        used = {process.pid: process.cpu for process in processes() if process.session == server.pid}
+        before = cpu()
         time.sleep(3)
-        now = {process.pid: process.cpu for process in processes() if process.session == server.pid}
-        assert sum(now.values()) - sum(used.values()) <= 0.03
+        assert cpu() - before <= 0.03
 
 
 @beyond_core
 def test_operator_process_1_of_a_container(serve):
-    """In a pid namespace of its own: orphans it inherits are reaped, and everything works."""
+    """In a pid namespace of its own it reaps the orphans it inherits, and everything works."""
     prefix = ["unshare", "-pf", "--kill-child"]
-    if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode:
+    if subprocess.run([*prefix, "true"], stderr=subprocess.DEVNULL).returncode != 0:
         pytest.skip("no pid namespaces for this user")
     server = serve(prefix=prefix)
     assert "kill -HUP 1\n" in server.log()
@@ -2960,57 +3992,98 @@ def test_operator_process_1_of_a_container(serve):
     with Load(server) as load:
         for _ in range(10):
             assert server.get("/orphan").body == b"orphaned"
-        until(lambda: len(server.workers()) == 2 and not server.zombies(), "the orphans to be reaped")
+        until(lambda: len(server.workers()) == 2 and not server.zombies(), "orphans to be reaped")
         server.reload()
         load.more()
         os.kill(min(server.workers()), SIGKILL)
-        until(lambda: "replaced" in server.log())
+        server.wait_log("replaced")
         until(lambda: len(server.workers()) == 2)
     server.stop()
 
 
-# ==== the benchmark ==================================================================================================
+# ==== the benchmark ===============================================================================
 #
-# `python hupserve_test.py bench` measures hupserve against whichever of its peers this interpreter has. A round takes
-# every server through every scenario, freshly started and checked for right answers first; the rounds alternate.
+# `python hupserve_test.py bench` measures hupserve and all of its peers that this interpreter has.
+# A round takes every server through every scenario. Each time the server is freshly started, and
+# its answers are checked before they are counted. The rounds alternate.
 
 BENCH_NOTE = """\
-2 workers with 16 threads each, keep-alive on. But waitress has no workers: it is one process; cheroot is two on one
-port (SO_REUSEPORT). uWSGI serves by --http11-socket, except: closed by --http-socket; many by its http router (with a
-thread per connection 224 of the 256 would wait for ever). Figures are the median of the rounds (max: their maximum;
-errors, lost, requests: their sum), "hupserve is" the median of their ratios: 2.00 x is twice as fast as that peer.
-Memory: PSS of all the server's processes, after the load."""
+There are 2 workers with 16 threads each, and keep-alive is on. But waitress has no workers, it is
+one process; cheroot is two processes on one port (SO_REUSEPORT). uWSGI serves by --http11-socket,
+but `closed` by --http-socket, and `many` by its http router (with a thread per connection 224 of
+the 256 would wait for ever). A figure is the median of the rounds; `max` is their maximum, and
+`errors`, `lost` and `requests` are their sum. `hupserve is` is the median of the rounds' ratios:
+2.00 x is twice as fast as that peer. Memory is the PSS of all the server's processes after the
+load."""
 
-BENCH_SERVERS = {  # each at its best: keep-alive, and room for all connections
+# Each server is at its best, with keep-alive and with room for all connections.
+BENCH_SERVERS = {
     "hupserve": "HUPSERVE bench.ini",
-    "gunicorn": "-m gunicorn --bind 127.0.0.1:PORT --worker-class gthread --workers 2 --threads 16 --keep-alive 75"
-                " --worker-connections 2000 --log-level warning benchapp:app",
-    "waitress": "-m waitress --host 127.0.0.1 --port PORT --threads 16 --connection-limit 2000 --backlog 2048"
-                " benchapp:app",
+    "gunicorn": (
+        "-m gunicorn --bind 127.0.0.1:PORT --worker-class gthread --workers 2 --threads 16"
+        " --keep-alive 75 --worker-connections 2000 --log-level warning benchapp:app"
+    ),
+    "waitress": (
+        "-m waitress --host 127.0.0.1 --port PORT --threads 16 --connection-limit 2000"
+        " --backlog 2048 benchapp:app"
+    ),
     "cheroot": "cherootrun.py",
-    "uWSGI": "--master --processes 2 --threads 16 --lazy-apps --die-on-term --disable-logging --listen 1024"
-             " --wsgi benchapp:app ",
-    "granian": "-m granian --interface wsgi --http 1 --host 127.0.0.1 --port PORT --workers 2 --blocking-threads 16"
-               " --backlog 2048 --respawn-interval 0.5 --log-level warning benchapp:app",
+    "uWSGI": (
+        "--master --processes 2 --threads 16 --lazy-apps --die-on-term --disable-logging"
+        " --listen 1024 --wsgi benchapp:app "
+    ),
+    "granian": (
+        "-m granian --interface wsgi --http 1 --host 127.0.0.1 --port PORT --workers 2"
+        " --blocking-threads 16 --backlog 2048 --respawn-interval 0.5 --log-level warning"
+        " benchapp:app"
+    ),
 }
 BENCH_UWSGI = {
     "closed": "--http-socket 127.0.0.1:PORT --add-header Connection:close",
     "many": "--http 127.0.0.1:PORT --http-keepalive --http-processes 2",
     "otherwise": "--http11-socket 127.0.0.1:PORT",
 }
-BENCH_SIGHUP = ["hupserve", "gunicorn", "uWSGI", "granian"]  # those that reload on it
+BENCH_RELOADING = ["hupserve", "gunicorn", "uWSGI", "granian"]  # by SIGHUP
 BENCH_RELOADS = 10
-BENCH_SIZE = 8 * 1024 * 1024
+BENCH_RELOAD_PAUSE = 1.5  # seconds; granian takes 0.5 s to replace each worker
+BENCH_SETTLING = 0.5  # seconds for the second worker to start, and for the last reload to end
+BENCH_DEADLINE = 30  # seconds for a first answer
+BENCH_LONGEST_LOAD = 600  # seconds of load during reloads
+BENCH_SIZE = 8 * 1024 * 1024  # bytes of a download or an upload
+BENCH_HELLO = b"Hello, world!"
 
-Scenario = collections.namedtuple(
-    "Scenario", "text connections path answer sends close", defaults=["/", b"Hello, world!", 0, False])
+
+class Scenario(NamedTuple):
+    """What the clients of a benchmark do."""
+
+    text: str
+    connections: int
+    path: str = "/"
+    answer: bytes = BENCH_HELLO
+    sends: int = 0  # bytes of request body
+    close: bool = False  # one request per connection
+
+
 BENCH_SCENARIOS = {
     "keepalive": Scenario("32 kept-alive connections", 32),
     "closed": Scenario("32 connections of one request each", 32, close=True),
     "many": Scenario("256 kept-alive connections", 256),
-    "download": Scenario("8 MB from a file (wsgi.file_wrapper), 8 connections", 8, "/download", b"x" * BENCH_SIZE),
-    "upload": Scenario("8 MB of request body, 8 connections", 8, "/upload", b"%d" % BENCH_SIZE, sends=BENCH_SIZE),
-    "reload": Scenario(f"SIGHUP to the first new answer, and 16 clients during {BENCH_RELOADS} reloads", 16),
+    "download": Scenario(
+        "8 MB from a file (wsgi.file_wrapper), 8 connections",
+        connections=8,
+        path="/download",
+        answer=b"x" * BENCH_SIZE,
+    ),
+    "upload": Scenario(
+        "8 MB of request body, 8 connections",
+        connections=8,
+        path="/upload",
+        answer=b"%d" % BENCH_SIZE,
+        sends=BENCH_SIZE,
+    ),
+    "reload": Scenario(
+        f"SIGHUP to the first new answer, and 16 clients during {BENCH_RELOADS} reloads", 16
+    ),
 }
 
 BENCH_FILES = {
@@ -3027,64 +4100,100 @@ wsgi = benchapp:app
     "benchapp.py": """\
 import os
 from wsgiref.util import FileWrapper
+
 with open("generation", "rb") as file:
     GENERATION = file.read()
-SIZE, PIECE = os.path.getsize("download"), 64 * 1024
+SIZE = os.path.getsize("download")
+PIECE = 64 * 1024
 
 def app(environ, start_response):
-    path, body = environ["PATH_INFO"], b"Hello, world!"
+    path = environ["PATH_INFO"]
     if path == "/download":
-        start_response("200 OK", [("Content-Type", "application/octet-stream"), ("Content-Length", str(SIZE))])
+        headers = [("Content-Type", "application/octet-stream"), ("Content-Length", str(SIZE))]
+        start_response("200 OK", headers)
         return environ.get("wsgi.file_wrapper", FileWrapper)(open("download", "rb"), PIECE)
+    body = b"Hello, world!"
     if path == "/upload":
-        length = left = int(environ["CONTENT_LENGTH"])
-        while left and (piece := environ["wsgi.input"].read(min(left, PIECE))):
-            left -= len(piece)
-        body = b"%d" % (length - left)
+        body = b"%d" % read(environ["wsgi.input"], int(environ["CONTENT_LENGTH"]))
     if path == "/generation":
         body = GENERATION
-    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))]
+    start_response("200 OK", headers)
     return [body]
+
+def read(file, length):
+    left = length
+    while left and (piece := file.read(min(left, PIECE))):
+        left -= len(piece)
+    return length - left
 """,
     "cherootrun.py": """\
 import os
 from cheroot.wsgi import Server
 from benchapp import app
-server = Server(("127.0.0.1", PORT), app, numthreads=16, request_queue_size=2048, timeout=75, reuse_port=True)
+
+server = Server(
+    ("127.0.0.1", PORT), app, numthreads=16, request_queue_size=2048, timeout=75, reuse_port=True
+)
 server.keep_alive_conn_limit = 2000
 os.fork()
 server.start()
 """,
-    "gunicorn.conf.py": "control_socket_disable = True  # it would stay behind in the home folder\n",
+    "gunicorn.conf.py": """\
+control_socket_disable = True  # it would stay behind in the home folder
+""",
     "wrk.lua": """\
-if wrk.path == "/upload" then wrk.method, wrk.body = "POST", ("x"):rep(8 * 1024 * 1024) end
+if wrk.path == "/upload" then
+    wrk.method = "POST"
+    wrk.body = ("x"):rep(8 * 1024 * 1024)
+end
+
 function done(summary, latency)
     local e = summary.errors
+    local errors = e.connect + e.read + e.write + e.timeout + e.status
     print("DONE", summary.requests * 1e6 / summary.duration, latency:percentile(50) / 1e3,
-          latency:percentile(99) / 1e3, latency.max / 1e3, e.connect + e.read + e.write + e.timeout + e.status)
+          latency:percentile(99) / 1e3, latency.max / 1e3, errors)
 end
 """,
 }
 
+Figures = dict[str, float]  # one server's in one scenario and round, by column
 
-@contextlib.contextmanager
-def bench_server(name, scenario, folder):
-    """Start a server, wait for its first answer, and leave nothing of it behind."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    for file, text in {**BENCH_FILES, "generation": "0"}.items():
-        (folder / file).write_text(text.replace("PORT", str(port)))
-    program, command = sys.executable, BENCH_SERVERS[name]
+
+def bench_command(name: str, scenario: str, port: int) -> list[str]:
+    """Return the command that starts this server."""
+    program = sys.executable
+    arguments = BENCH_SERVERS[name]
     if name == "uWSGI":
         program = os.path.join(os.path.dirname(sys.executable), "uwsgi")
-        command += BENCH_UWSGI.get(scenario, BENCH_UWSGI["otherwise"])
-    command = [word.replace("PORT", str(port)).replace("HUPSERVE", str(HUPSERVE)) for word in command.split()]
+        arguments += BENCH_UWSGI.get(scenario, BENCH_UWSGI["otherwise"])
+    arguments = arguments.replace("PORT", str(port)).replace("HUPSERVE", str(HUPSERVE))
+    return [program, *arguments.split()]
+
+
+@contextlib.contextmanager
+def bench_server(
+    name: str, scenario: str, folder: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Start a server, wait for its first answer, and leave nothing of it behind.
+
+    Yields the process and its port.
+    """
+    port = free_port()
+    for file, text in {**BENCH_FILES, "generation": "0"}.items():
+        (folder / file).write_text(text.replace("PORT", str(port)))
     with open(folder / "log", "w+") as log:
-        process = subprocess.Popen([program, *command], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            bench_command(name, scenario, port),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
-            bench_first_answer(process, port, "/", b"Hello, world!")
-            time.sleep(0.5)  # for the second worker
+            bench_first_answer(process, port, "/", BENCH_HELLO)
+            time.sleep(BENCH_SETTLING)
             yield process, port
         except Exception:
             log.seek(0)
@@ -3095,216 +4204,371 @@ def bench_server(name, scenario, folder):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, SIGKILL)
             process.wait()
 
 
-def bench_request(path, sends=0, close=False):
-    head = f"{'POST' if sends else 'GET'} {path} HTTP/1.1\r\nHost: localhost\r\n"
-    head += f"Content-Length: {sends}\r\n" * bool(sends) + "Connection: close\r\n" * close
-    return (head + "\r\n").encode() + b"x" * sends
+def bench_request(path: str, sends: int = 0, close: bool = False) -> bytes:
+    """Return the bytes of a request; with a body it is a POST."""
+    lines = [f"{'POST' if sends else 'GET'} {path} HTTP/1.1", "Host: localhost"]
+    if sends:
+        lines.append(f"Content-Length: {sends}")
+    if close:
+        lines.append("Connection: close")
+    head = "\r\n".join([*lines, "", ""])
+    return head.encode() + b"x" * sends
 
 
-def bench_exchange(sock, request):
-    """Send a request and return its answer's body, and whether the server keeps the connection."""
+def bench_exchange(sock: socket.socket, request: bytes) -> tuple[bytes, bool]:
+    """Send a request; return the answer's body, and whether the server keeps the connection."""
     sock.sendall(request)
-    data, start, end = bytearray(), None, None
-    while end is None or len(data) < end:
-        piece = sock.recv(1 << 18)
+    data = bytearray()
+    start = 0  # of the body
+    end = 0
+    while not start or len(data) < end:
+        piece = sock.recv(256 * 1024)
         if not piece:
             raise ConnectionError("the connection ended before the answer did")
         data += piece
-        if start is None and b"\r\n\r\n" in data:
+        if not start and b"\r\n\r\n" in data:
             start = data.index(b"\r\n\r\n") + 4
             length = re.search(rb"(?i)\r\nContent-Length: *(\d+)", data)
             if not data.startswith(b"HTTP/1.1 200 ") or not length:
                 raise ConnectionError(f"unexpected answer {bytes(data[:start])!r}")
             end = start + int(length[1])
-    return bytes(data[start:]), not re.search(rb"(?i)\r\nConnection: *close", data[:start])
+    closes = re.search(rb"(?i)\r\nConnection: *close", data[:start])
+    return bytes(data[start:]), not closes
 
 
-def bench_first_answer(process, port, path, answer):
-    """Ask, each time on a new connection, until that is the answer; return the milliseconds it took."""
+def bench_first_answer(
+    process: subprocess.Popen[bytes], port: int, path: str, answer: bytes
+) -> float:
+    """Ask until this is the answer; return the milliseconds it took.
+
+    Each request has a connection of its own.
+    """
+    request = bench_request(path, close=True)
     began = time.perf_counter()
-    while time.perf_counter() < began + 30 and process.poll() is None:
+    while time.perf_counter() < began + BENCH_DEADLINE and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
-            if bench_exchange(sock, bench_request(path, close=True))[0] == answer:
+            body, _ = bench_exchange(sock, request)
+            if body == answer:
                 return (time.perf_counter() - began) * 1000
         time.sleep(0.005)
     raise ConnectionError(f"no answer {answer!r}")
 
 
-def bench_check(port, scenario):
-    """All connections, open at the same time, are answered rightly, and then kept or closed as they should be."""
+def bench_check(port: int, scenario: Scenario) -> None:
+    """Open all connections at the same time; all must be answered rightly, then kept or closed."""
     request = bench_request(scenario.path, scenario.sends, scenario.close)
+    requests = 1 if scenario.close else 2
     with contextlib.ExitStack() as stack:
         for _ in range(scenario.connections):
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
-            for _ in range(1 if scenario.close else 2):
-                if bench_exchange(sock, request)[0] != scenario.answer:
+            for _ in range(requests):
+                body, _ = bench_exchange(sock, request)
+                if body != scenario.answer:
                     raise ConnectionError("wrong answer")
             if scenario.close and sock.recv(1):
                 raise ConnectionError("more than the answer")
 
 
-def bench_clients(port, request, connections, seconds, pause=0.0, stop=""):
-    """Our own load: a thread per connection, for some seconds or until a file appears. Runs in its own process."""
-    latencies, errors, end = [], [], time.perf_counter() + seconds
+class BenchClients:
+    """Our own load: a thread for each connection. It runs in a process of its own."""
 
-    def client():
+    def __init__(
+        self, port: int, request: bytes, pause: float, end: float, stop: Path | None
+    ) -> None:
+        self.port = port
+        self.request = request
+        self.pause = pause  # seconds between two requests
+        self.end = end  # by time.perf_counter()
+        self.stop = stop  # the load ends when this file appears
+        self.latencies: list[float] = []  # milliseconds
+        self.errors: list[OSError] = []
+
+    def stopped(self) -> bool:
+        """Is the time over, or has the file appeared?"""
+        return time.perf_counter() >= self.end or bool(self.stop and self.stop.exists())
+
+    def client(self) -> None:
+        """(thread) Send requests until the load stops."""
         sock = None
-        while time.perf_counter() < end and not (stop and os.path.exists(stop)):
+        while not self.stopped():
             began = time.perf_counter()
+            keeps = False
             try:
-                if sock and select.select([sock], [], [], 0)[0]:  # closed while idle, as a server may
-                    sock = sock.close()
-                sock = sock or socket.create_connection(("127.0.0.1", port), 10)
-                if not bench_exchange(sock, request)[1]:
-                    sock = sock.close()
-                latencies.append((time.perf_counter() - began) * 1000)
+                if sock and select.select([sock], [], [], 0)[0]:  # closed while it was idle
+                    sock.close()
+                    sock = None
+                sock = sock or socket.create_connection(("127.0.0.1", self.port), 10)
+                _, keeps = bench_exchange(sock, self.request)
+                self.latencies.append((time.perf_counter() - began) * 1000)
             except OSError as error:
-                errors.append(error)
-                sock = sock and sock.close()
-            time.sleep(pause)
+                self.errors.append(error)
+            if sock and not keeps:
+                sock.close()
+                sock = None
+            time.sleep(self.pause)
 
-    threads = [threading.Thread(target=client) for _ in range(connections)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def run(self, connections: int) -> None:
+        """Run all clients to their end."""
+        threads = [threading.Thread(target=self.client) for _ in range(connections)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def bench_clients(
+    port: int,
+    request: bytes,
+    connections: int,
+    seconds: float,
+    pause: float = 0,
+    stop: Path | None = None,
+) -> tuple[Figures, int, int]:
+    """Load a server for some seconds or until a file appears.
+
+    Return the latencies, the number of answers and the number of errors.
+    """
+    clients = BenchClients(port, request, pause, time.perf_counter() + seconds, stop)
+    clients.run(connections)
+    latencies = sorted(clients.latencies)
     if not latencies:
-        raise errors[0]
-    latencies.sort()
-    figures = {"p50 ms": latencies[len(latencies) // 2], "p99 ms": latencies[len(latencies) * 99 // 100],
-               "max ms": latencies[-1]}
-    return figures, len(latencies), len(errors)
+        raise clients.errors[0]
+    figures = {
+        "p50 ms": latencies[len(latencies) // 2],
+        "p99 ms": latencies[len(latencies) * 99 // 100],
+        "max ms": latencies[-1],
+    }
+    return figures, len(latencies), len(clients.errors)
 
 
-def bench_load(port, scenario, seconds, folder):
-    """Requests per second and their latency, by wrk if there is one."""
+def one_process() -> concurrent.futures.ProcessPoolExecutor:
+    """A process beside this one, for bench_clients()."""
+    return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork"))
+
+
+def bench_load(port: int, scenario: Scenario, seconds: int, folder: Path) -> Figures:
+    """Measure requests per second and their latency, by wrk if there is one."""
     if shutil.which("wrk"):
-        command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--latency", "-s", folder / "wrk.lua"]
-        command += ["-H", "Connection: close"] * scenario.close + [f"http://127.0.0.1:{port}{scenario.path}"]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        figures = map(float, output.partition("DONE")[2].split())
-        return dict(zip(["requests/s", "p50 ms", "p99 ms", "max ms", "errors"], figures))
+        return bench_load_by_wrk(port, scenario, seconds, folder)
     request = bench_request(scenario.path, scenario.sends, scenario.close)
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        figures, answers, errors = pool.submit(bench_clients, port, request, scenario.connections, seconds).result()
+    with one_process() as pool:
+        load = pool.submit(bench_clients, port, request, scenario.connections, seconds)
+        figures, answers, errors = load.result()
     return {"requests/s": answers / seconds, **figures, "errors": errors}
 
 
-def bench_reload(process, port, scenario, folder):
-    """Reload under clients that ask every 10 ms. Lost are requests without a connection or a complete answer."""
-    stop, times = folder / "stop", []
+def bench_load_by_wrk(port: int, scenario: Scenario, seconds: int, folder: Path) -> Figures:
+    """Measure by wrk, whose script prints the figures."""
+    command = ["wrk", "-t1", f"-c{scenario.connections}", f"-d{seconds}s", "--latency"]
+    command += ["-s", str(folder / "wrk.lua")]
+    if scenario.close:
+        command += ["-H", "Connection: close"]
+    command.append(f"http://127.0.0.1:{port}{scenario.path}")
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    _, _, figures = output.partition("DONE")
+    columns = ["requests/s", "p50 ms", "p99 ms", "max ms", "errors"]
+    return dict(zip(columns, map(float, figures.split())))
+
+
+def bench_reload(
+    process: subprocess.Popen[bytes], port: int, scenario: Scenario, folder: Path
+) -> Figures:
+    """Reload under clients that ask every 10 ms.
+
+    A request without a connection or a complete answer is lost.
+    """
+    stop = folder / "stop"
     stop.unlink(missing_ok=True)
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        clients = pool.submit(bench_clients, port, bench_request("/"), scenario.connections, 600, 0.01, str(stop))
+    times = []
+    with one_process() as pool:
+        load = pool.submit(
+            bench_clients,
+            port,
+            bench_request("/"),
+            scenario.connections,
+            BENCH_LONGEST_LOAD,
+            pause=0.01,
+            stop=stop,
+        )
         try:
             for generation in range(1, BENCH_RELOADS + 1):
-                time.sleep(1.5)  # until the reload before is complete: granian takes 0.5 s for each worker
+                time.sleep(BENCH_RELOAD_PAUSE)
                 (folder / "generation").write_text(str(generation))
-                process.send_signal(signal.SIGHUP)
+                process.send_signal(SIGHUP)
                 times.append(bench_first_answer(process, port, "/generation", b"%d" % generation))
-            time.sleep(0.5)
+            time.sleep(BENCH_SETTLING)
         finally:
             stop.touch()
-        figures, answers, errors = clients.result()
-    return {"reload ms": statistics.median(times), **figures, "requests": answers + errors, "lost": errors}
+        figures, answers, errors = load.result()
+    reload_time = statistics.median(times)
+    return {"reload ms": reload_time, **figures, "requests": answers + errors, "lost": errors}
 
 
-def bench_memory(session):
-    """PSS in MB of the server's processes, which are a session of their own; 0 where there is no /proc."""
-    total = 0
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+def bench_memory(session: int) -> float:
+    """Return the PSS of a session's processes in MB, or 0 where there is no /proc."""
+    kilobytes = 0
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if os.getsid(int(folder.name)) == session:
-                total += int(re.search(r"\nPss: +(\d+)", (folder / "smaps_rollup").read_text())[1])
-    return total / 1024
+            if os.getsid(int(folder.name)) != session:
+                continue
+            found = re.search(r"\nPss: +(\d+)", (folder / "smaps_rollup").read_text())
+            if found:
+                kilobytes += int(found[1])
+    return kilobytes / 1024
 
 
-def bench_row(name, scenario, seconds, folder):
-    """The figures of one server in one scenario, or None."""
+def bench_row(name: str, scenario: str, seconds: int, folder: Path) -> Figures | None:
+    """Return the figures of one server in one scenario, or None after an error."""
+    details = BENCH_SCENARIOS[scenario]
     try:
         with bench_server(name, scenario, folder) as (process, port):
-            bench_check(port, BENCH_SCENARIOS[scenario])
+            bench_check(port, details)
             if scenario == "reload":
-                row = bench_reload(process, port, BENCH_SCENARIOS[scenario], folder)
+                row = bench_reload(process, port, details, folder)
             else:
-                row = bench_load(port, BENCH_SCENARIOS[scenario], seconds, folder)
-            return {**row, "memory MB": bench_memory(process.pid)}
+                row = bench_load(port, details, seconds, folder)
+            row["memory MB"] = bench_memory(process.pid)
+            return row
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         print(f"{name}, {scenario}: {error}")
         return None
 
 
-def bench_table(results):
-    """Print one scenario from its results: for each server the rows of all rounds."""
-    combine = {"max ms": max, "errors": sum, "requests": sum, "lost": sum}
-    columns = list(dict.fromkeys(column for rows in results.values() for row in rows if row for column in row)) or [""]
-    if not any(row["errors"] for rows in results.values() for row in rows if row and "errors" in row):
-        columns = [column for column in columns if column != "errors"]
+Rounds = list[Union[Figures, None]]  # one server's in one scenario
+BENCH_COMBINE: dict[str, Callable[[list[float]], float]] = {
+    "max ms": max,
+    "errors": sum,
+    "requests": sum,
+    "lost": sum,
+}
+
+
+def bench_columns(results: dict[str, Rounds]) -> list[str]:
+    """Return the columns that these figures have; errors only where there were some."""
+    rows = [row for rounds in results.values() for row in rounds if row]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    if not any(row.get("errors") for row in rows):
+        columns.pop("errors", None)
+    return list(columns) or [""]
+
+
+def bench_figure(column: str, rounds: Rounds) -> str:
+    """Return one cell of the table."""
+    values = [row[column] for row in rounds if row and column in row]
+    if not values:
+        return "failed"
+    combine = BENCH_COMBINE.get(column, statistics.median)
+    value = combine(values)
+    is_plain = value >= 100 or value == int(value)
+    return f"{value:,.0f}" if is_plain else f"{value:,.2f}"
+
+
+def bench_ratio(column: str, ours: Rounds, theirs: Rounds) -> float | None:
+    """How many times as good is hupserve in this column, in the median of the rounds?"""
+    ratios = []
+    for our_row, their_row in zip(ours, theirs):
+        if our_row and their_row:
+            ratios.append(our_row[column] / their_row[column])
+    if not ratios:
+        return None
+    ratio = statistics.median(ratios)
+    return 1 / ratio if column == "reload ms" else ratio  # less time is better
+
+
+def bench_table(results: dict[str, Rounds]) -> None:
+    """Print one scenario: a line for each server, from all its rounds."""
+    columns = bench_columns(results)
     print(" " * 9, *(f"{column:>11}" for column in columns), f"{'hupserve is':>11}")
-    for name, rows in results.items():
-        print(f"{name:9}", end="")
-        for column in columns:
-            values = [row[column] for row in rows if row and column in row]
-            value = combine.get(column, statistics.median)(values) if values else None
-            text = "failed" if value is None else f"{value:,.{0 if value >= 100 or value % 1 == 0 else 2}f}"
-            print(f" {text:>11}", end="")
-        ratios = [ours[columns[0]] / theirs[columns[0]]
-                  for ours, theirs in zip(results.get("hupserve", []), rows) if ours and theirs]
-        ratio = statistics.median(ratios) ** (-1 if columns[0] == "reload ms" else 1) if ratios else None
-        print(f" {ratio:9.2f} x" if ratio and name != "hupserve" else "")
+    for name, rounds in results.items():
+        cells = [f"{bench_figure(column, rounds):>11}" for column in columns]
+        ratio = bench_ratio(columns[0], results.get("hupserve", []), rounds)
+        if ratio and name != "hupserve":
+            cells.append(f"{ratio:9.2f} x")
+        print(f"{name:9}", *cells)
 
 
-def bench(argv):
-    parser = argparse.ArgumentParser(prog="hupserve_test.py bench", description="Measure hupserve and its peers.")
-    parser.add_argument("peers", nargs="*", help=f"of {', '.join(BENCH_SERVERS)}; default: all there are")
+def bench_options(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="hupserve_test.py bench", description="Measure hupserve and its peers."
+    )
+    names = ", ".join(BENCH_SERVERS)
+    parser.add_argument("peers", nargs="*", help=f"of {names} (default: all there are)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=5, help="of load for each figure (default: 5)")
-    parser.add_argument("--only", default=",".join(BENCH_SCENARIOS), metavar="NAME,...", help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=int, default=5, help="of load for each figure (default: 5)"
+    )
+    parser.add_argument(
+        "--only",
+        default=",".join(BENCH_SCENARIOS),
+        metavar="NAME,...",
+        help="default: %(default)s",
+    )
     options = parser.parse_args(argv)
-    scenarios = options.only.split(",")
-    if unknown := {*scenarios, *options.peers} - {*BENCH_SCENARIOS, *BENCH_SERVERS}:
+    options.scenarios = options.only.split(",")
+    unknown = {*options.scenarios, *options.peers} - {*BENCH_SCENARIOS, *BENCH_SERVERS}
+    if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
+    return options
 
+
+def bench_versions(peers: list[str]) -> dict[str, str]:
+    """Print what is measured, and by what. Return the servers with their versions."""
     versions = {"hupserve": "of this folder"}
-    for name in options.peers or BENCH_SERVERS:
+    for name in peers:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.setdefault(name, importlib.metadata.version(name))
-    missing = {*(options.peers or BENCH_SERVERS)} - {*versions}
+    missing = set(peers) - set(versions)
     load = "our own client, which may be the limit (there is no wrk)"
-    if shutil.which("wrk"):  # its -v exits 1
-        load = subprocess.run(["wrk", "-v"], stdout=subprocess.PIPE, text=True, check=False).stdout.partition("[")[0]
-    print(f"load by {load.strip()};",
-          f"{os.cpu_count()} cores; Python {platform.python_version()};",
-          ", ".join(f"{name} {version}" for name, version in versions.items())
-          + f" (not installed: {', '.join(missing)})" * bool(missing))
+    if shutil.which("wrk"):
+        version = subprocess.run(["wrk", "-v"], stdout=subprocess.PIPE, text=True)  # it exits 1
+        load, _, _ = version.stdout.partition("[")
+    servers = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if missing:
+        servers += f" (not installed: {', '.join(missing)})"
+    print(f"load by {load.strip()}; {os.cpu_count()} cores; Python {platform.python_version()};")
+    print(servers)
     print(BENCH_NOTE)
+    return versions
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers end then too
-    results = {scenario: {name: [] for name in versions if scenario != "reload" or name in BENCH_SIGHUP}
-               for scenario in scenarios}
-    with tempfile.TemporaryDirectory(prefix="hupserve-bench-") as folder:
-        folder = pathlib.Path(folder)
-        (folder / "download").write_bytes(b"x" * BENCH_SIZE)
-        for number in range(options.rounds):
-            for scenario in scenarios:
-                print(f"round {number + 1}: {scenario}", file=sys.stderr)
-                for name, rows in results[scenario].items():
-                    rows.append(bench_row(name, scenario, options.seconds, folder))
-    for name, rows in results.get("many", {}).items():
-        for many, keepalive in zip(rows, results.get("keepalive", {}).get(name, [])):
+
+def bench_compare_many(results: dict[str, dict[str, Rounds]]) -> None:
+    """Add to the figures of `many` how they compare to those of `keepalive`."""
+    for name, rounds in results.get("many", {}).items():
+        for many, keepalive in zip(rounds, results.get("keepalive", {}).get(name, [])):
             if many and keepalive:
                 many["x keepalive"] = many["requests/s"] / keepalive["requests/s"]
-    for scenario in scenarios:
+
+
+def bench(argv: list[str]) -> None:
+    """Measure hupserve and its peers, and print a table for each scenario."""
+    options = bench_options(argv)
+    versions = bench_versions(options.peers or list(BENCH_SERVERS))
+    signal.signal(SIGTERM, lambda *_: sys.exit(1))  # so that the servers end then, too
+    results: dict[str, dict[str, Rounds]] = {}
+    for scenario in options.scenarios:
+        names = [name for name in versions if scenario != "reload" or name in BENCH_RELOADING]
+        results[scenario] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory(prefix="hupserve-bench-") as path:
+        folder = Path(path)
+        (folder / "download").write_bytes(b"x" * BENCH_SIZE)
+        for number in range(1, options.rounds + 1):
+            for scenario in options.scenarios:
+                print(f"round {number}: {scenario}", file=sys.stderr)
+                for name, rounds in results[scenario].items():
+                    rounds.append(bench_row(name, scenario, options.seconds, folder))
+    bench_compare_many(results)
+    for scenario in options.scenarios:
         print(f"\n{scenario}: {BENCH_SCENARIOS[scenario].text}")
         bench_table(results[scenario])
 
 
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bench"]:
-        sys.exit(bench(sys.argv[2:]))
-    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+        bench(sys.argv[2:])
+    else:
+        sys.exit(pytest.main([__file__, *sys.argv[1:]]))
