@@ -2529,28 +2529,28 @@ def log_level(text: str) -> int:
     return logging.Handler(text.upper()).level  # a Handler knows the names
 
 
+# fmt: off
 KEYS = {
-    # fmt: off
-    "listen": Key("127.0.0.1:8000", addresses),
-    "backlog": Key("2048", whole(1, 1_000_000)),
-    "workers": Key("2", whole(1, 1_000)),
-    "threads": Key("16", whole(1, 10_000)),
-    "connections": Key("1000", whole(1, 1_000_000)),
-    "max_body": Key("0", whole(0, 10**15)),
-    "keepalive_timeout": Key("75", seconds()),
-    "header_timeout": Key("10", seconds(at_least=0.001)),
-    "io_timeout": Key("60", seconds(at_least=0.001)),
-    "boot_timeout": Key("60", seconds(at_least=0.001)),
-    "idle_grace": Key("5", seconds()),
-    "drain_timeout": Key("0", seconds()),
-    "certfile": Key("", str),
-    "keyfile": Key("", str),
-    "pidfile": Key("", path_in_folder),
-    "access_log": Key("off", log_path),
-    "log_file": Key("-", log_path),
-    "log_level": Key("info", log_level),
-    # fmt: on
+    "listen":            Key("127.0.0.1:8000",  addresses),
+    "backlog":           Key("2048",            whole(1, 1_000_000)),
+    "workers":           Key("2",               whole(1, 1_000)),
+    "threads":           Key("16",              whole(1, 10_000)),
+    "connections":       Key("1000",            whole(1, 1_000_000)),
+    "max_body":          Key("0",               whole(0, 10**15)),
+    "keepalive_timeout": Key("75",              seconds()),
+    "header_timeout":    Key("10",              seconds(at_least=0.001)),
+    "io_timeout":        Key("60",              seconds(at_least=0.001)),
+    "boot_timeout":      Key("60",              seconds(at_least=0.001)),
+    "idle_grace":        Key("5",               seconds()),
+    "drain_timeout":     Key("0",               seconds()),
+    "certfile":          Key("",                str),
+    "keyfile":           Key("",                str),
+    "pidfile":           Key("",                path_in_folder),
+    "access_log":        Key("off",             log_path),
+    "log_file":          Key("-",               log_path),
+    "log_level":         Key("info",            log_level),
 }
+# fmt: on
 
 
 def read_config(path: str) -> Config:
