@@ -18,7 +18,7 @@ Who is who:
 
     operator --signals--> MASTER    owns the listeners, starts and counts the workers; runs no
                           |    ^    application code and no thread, so it can fork for years
-       go, drain (line)   v    |    ready, leaving, failed (line)
+       go, drain (line)   v    |    ready, leaving, exiting (line)
                         WORKER      its main thread owns every connection that is not in flight:
                           |    ^    it accepts, reads, waits, expires, closes
      a complete request   v    |    the connection, answered
@@ -33,9 +33,9 @@ A reload. A generation is the workers started from one reading of the configurat
 
     signal         to the master                       to a worker
     HUP            reload                              drain if ordered by the master, else log it
-    TERM, QUIT     stop when everything is answered    ask for a replacement, drain and leave
+    TERM, QUIT     stop when everything is answered    serve until replaced, then drain
     INT            as TERM, without grace for the idle ignored: Ctrl-C reaches the master too
-    a second stop  stop at once                        ignored
+    a second stop  stop at once                        drain at once
     USR1           ignored: logs follow their rotation ignored
 
 Four rules make it safe. The code refers to them by number.
@@ -71,6 +71,7 @@ import difflib
 import email.utils
 import enum
 import errno
+import faulthandler
 import fcntl
 import functools
 import http
@@ -85,6 +86,7 @@ import mmap
 import os
 import pkgutil
 import re
+import resource
 import select
 import selectors
 import signal
@@ -117,9 +119,10 @@ FOREVER = float("inf")
 # ==================================================================================================
 # Part I: the reload
 #
-# The master and its workers are processes. They talk over a line, a socketpair for each worker:
-# "ready", "leaving" and "failed" go up, "go" and "drain" come down. What follows are the states of
-# a worker and of a generation, then the master, then the worker's side.
+# The master and its workers are processes. They talk over a line, a socketpair for each worker.
+# Up go "ready", "leaving", "hurry", "exiting" and "failed"; down come "go", "drain" and a question,
+# which only has to be read. What follows are the states of a worker and of a generation, then the
+# master, then the worker's side.
 # ==================================================================================================
 class Life(enum.IntEnum):
     """A worker's life. Dying ends every state.
@@ -133,10 +136,11 @@ class Life(enum.IntEnum):
     #                                              -> DRAINING, in the books: it is killed
     READY = 2     # has loaded, accepts nothing    -> SERVING: the master says "go"
     #                                              -> DRAINING: a roll-back or a stop orders it
-    SERVING = 3   # accepts                        -> LEAVING: got a SIGTERM, says "leaving"
+    SERVING = 3   # accepts                        -> LEAVING: it wants a successor, says "leaving"
     #                                              -> DRAINING: the master orders it
-    LEAVING = 4   # accepts nothing, answers close -> DRAINING: ordered, and a successor is forked
-    DRAINING = 5  # finishes what it has begun     -> gone
+    LEAVING = 4   # serves on                      -> DRAINING: ordered, its successor is SERVING
+    DRAINING = 5  # finishes what it has begun     -> EXITING: it says "exiting"
+    EXITING = 6   # runs the exit functions        -> gone
     # fmt: on
 
 
@@ -160,15 +164,17 @@ class Stage(enum.Enum):
 
 # What wins when events coincide, from the strongest:
 #
-#   a second stop          kills every worker.
-#   a stop                 ends a reload that has not committed, and drains everybody.
-#   a worker's death       rolls the reload back if its generation is loading; else it is replaced.
-#   a reload's commit      drains the leaving workers of the old generation like all others;
-#                          they need no successor any more.
-#   a reload that loads    goes on while workers of the current generation are replaced.
-#   a worker that leaves   is replaced.
+#   a second stop             kills every worker.
+#   a stop                    ends a reload that has not committed, and drains every worker. If none
+#                             serves, those that boot come up first and answer what is queued.
+#   a worker's death or hang  rolls the reload back if its generation is loading; otherwise the
+#                             worker is replaced, after a back-off.
+#   a reload's commit         drains the leaving workers of the old generation like all others;
+#                             they need no successor any more.
+#   a reload that loads       goes on while workers of the current generation are replaced.
+#   a worker that leaves      is replaced: its successor loads, and then it drains.
 
-VACANT, BOOTING, READY, SERVING, LEAVING, DRAINING = Life
+VACANT, BOOTING, READY, SERVING, LEAVING, DRAINING, EXITING = Life
 
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
@@ -176,12 +182,18 @@ MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 # TTOU; with a handler for it write() would begin again for ever, so it is not among these.
 IGNORED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN)
 
-TICK = 20  # ms between two looks while a reload or a replacement is under way
+TICK = 0.02  # seconds between two looks while a reload or a replacement is under way
 BIND_PATIENCE = 1.0  # seconds for an old worker to close an address that comes back
 BACK_OFF = (0, 0.2, 0.4, 0.8, 1.6, 3.2, 5)  # seconds before a worker that died is replaced
 STEADY = 10.0  # seconds: a worker that has served for longer is replaced at once
 DRAIN_REPORT = 30.0  # seconds between two log lines on what a draining worker waits for
 EXIT_TIME = 10  # seconds for the application's exit functions
+OVERTIME = (
+    15.0  # seconds after EXITING or drain_timeout begins to be over: a worker that stays hangs
+)
+QUESTIONS = 4  # in a row that a worker leaves unread: it hangs
+ABORT_TIME = 1.0  # seconds for faulthandler to write the tracebacks of a worker that hangs
+MAX_REQUESTS = "max_requests"  # why a worker leaves; only one of a generation at a time does
 LONGEST_REASON = 500  # characters of an exception's text that go up the line
 
 
@@ -191,8 +203,14 @@ class Child:
     life = VACANT
     since = 0.0  # when it came to this state, in time.monotonic() seconds
     pid = 0
-    slot = 0  # its place in the scoreboard
+    slot: int | None = None  # its place in the scoreboard, if there was one
     line: Line
+    desks: Desks
+    why = ""  # it is LEAVING
+    hurries = False  # it is LEAVING, and shall not wait for its successor
+    predecessor: Child | None = None  # LEAVING, and serves until this one does
+    unread = 0  # questions in a row that it has not read
+    kill_at = FOREVER  # it was aborted or killed: when it is killed (again)
     failure: tuple[int, str] | None = None  # exit status and reason, which it said before it died
 
     def __init__(self, generation: Generation, number: int, deaths: int = 0, fork_at: float = 0.0):
@@ -214,20 +232,39 @@ class Child:
                 self.failure = (status, reason)
             elif word == "ready" and self.life == BOOTING:
                 self.enter(READY)
-            elif word == "leaving" and self.life == SERVING:
+            elif word == "leaving" and self.life in (SERVING, LEAVING):
                 self.enter(LEAVING)
+                self.why = arguments[0]
+            elif word == "hurry" and self.life == LEAVING:
+                self.hurries = True
+            elif word == "exiting" and self.life == DRAINING:
+                self.enter(EXITING)
 
-    def order_to_drain(self, dropped: Iterable[str]) -> None:
-        """Tell the worker, once. `dropped` are the addresses whose queue nobody inherits."""
-        self.line.say("drain", sorted(dropped), self.generation.config.idle_grace)
-        self.enter(DRAINING)
+    def accepts(self) -> bool:
+        return self.life in (SERVING, LEAVING)
+
+    def deadline(self) -> float:
+        """-> when its time in this state is over, in time.monotonic() seconds."""
+        config = self.generation.config
+        if self.kill_at < FOREVER:
+            return self.kill_at
+        if self.life == BOOTING:
+            return self.since + config.boot_timeout
+        if self.life == DRAINING and config.drain_timeout:
+            return self.since + config.drain_timeout + OVERTIME
+        if self.life == EXITING:
+            return self.since + OVERTIME
+        return FOREVER
 
     def successor(self, now: float) -> Child:
-        """-> the place that takes over from this one, after the back-off."""
+        """-> the one that takes this place, after the back-off."""
         was_steady = self.life == SERVING and now - self.since > STEADY
         deaths = 0 if was_steady or self.life == LEAVING else self.deaths
         pause = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]
         return Child(self.generation, self.number, deaths + 1, now + pause)
+
+    def __str__(self) -> str:
+        return f"worker {self.number} (pid {self.pid})"
 
 
 class Generation:
@@ -269,7 +306,9 @@ class Master:
     """The process that the operator started. It sits in one poll() all its life."""
 
     sighup_waits = False  # one that no reload has taken up yet
-    stopping = False
+    stopping = False  # it was ordered
+    stop_grace: float | None = None  # seconds for idle connections then, if not idle_grace
+    ask_at = 0.0  # when the workers are asked next whether they are well
     now = 0.0  # time.monotonic() at the last wake-up
 
     def __init__(self, config: Config):
@@ -290,19 +329,21 @@ class Master:
 
     def run(self) -> int:
         """-> exit status. Each step looks at what is and does what is due; only wait() waits."""
-        while self.children or not self.stopping:
+        while self.children or self.current.listeners or not self.stopping:
             self.wait()
             # Before reap(): this empties the bell, so a death from here on rings it again.
             self.obey()
             self.reap()
+            self.advance_stop()
             self.advance_reload()
             self.maintain_workers()
+            self.watch_workers()
         release_pidfile(self.current.config.pidfile)
         log.log(logging.INFO if self.current.number else logging.DEBUG, "stopped")
         return self.status
 
     def wait(self) -> None:
-        """Sleep until a signal or a worker's word comes, then hear all workers.
+        """Sleep until a signal or a worker's word comes or something is due; then hear all workers.
 
         They are heard before obey(). If every process got a TERM, ours is obeyed in this round,
         before maintain_workers() replaces a leaving worker.
@@ -313,16 +354,19 @@ class Master:
         for child in self.children.values():
             if not child.line.ended:
                 poll.register(child.line, select.POLLIN)
-        poll.poll(TICK if self.something_is_under_way() else None)
+        seconds = self.next_deadline() - time.monotonic()
+        poll.poll(None if seconds == FOREVER else max(0, seconds * 1000))
         self.now = time.monotonic()
         for child in self.children.values():
             child.hear()
 
-    def something_is_under_way(self) -> bool:
-        """Can something come due without a signal or a word: a reload, a worker to be forked?"""
-        if self.sighup_waits or self.upcoming:
-            return True
-        return any(child.life < SERVING for child in self.current.children)
+    def next_deadline(self) -> float:
+        """-> when something comes due without a signal or a word, in time.monotonic() seconds."""
+        due = [self.ask_at, *(child.deadline() for child in self.children.values())]
+        is_reloading = self.sighup_waits or self.upcoming
+        if is_reloading or any(child.life < SERVING for child in self.current.children):
+            due.append(self.now + TICK)
+        return min(due)
 
     # What comes from the operator
     def obey(self) -> None:
@@ -335,17 +379,51 @@ class Master:
                 self.sighup_waits = True
 
     def stop(self, signum: signal.Signals) -> None:
-        """A stop is a reload to a configuration without addresses. It keeps the pidfile so far."""
+        """A stop is ordered. It ends a reload; advance_stop() does the rest."""
         self.stopping = True
         self.sighup_waits = False
+        if signum == signal.SIGINT:
+            self.stop_grace = 0
         self.notify(
             "STOPPING=1", f"{signum.name}: stopping, when every request that has begun is answered"
         )
+        self.settle(self.current, self.upcoming)
+
+    def advance_stop(self) -> None:
+        """A stop is a reload to a configuration without addresses. It keeps the pidfile so far."""
+        if not self.stopping or not self.current.listeners or self.must_come_up_first():
+            return
+        accepting = [child for child in self.children.values() if child.accepts()]
+        if not accepting and self.clients_are_queued(self.current.listeners.keys()):
+            log.error("no worker could come up to answer the clients that are queued")
         nothing = self.current.config._replace(listen={})
-        self.settle(Generation(self.current.number, nothing), self.upcoming, self.current)
-        if signum == signal.SIGINT:  # a second order, which takes the idle connections' grace away
+        self.settle(Generation(self.current.number, nothing), self.current)
+        if self.stop_grace is not None:  # a second order, also for those that drained already
             for child in self.children.values():
-                child.line.say("drain", [], 0)
+                child.line.say("drain", [], self.stop_grace)
+
+    def must_come_up_first(self) -> bool:
+        """Is there nobody to answer what is queued, but a worker that will in a moment?
+
+        The queue of systemd's sockets is kept without us: it is answered if it is not empty.
+        """
+        here = [child for child in self.children.values() if child.generation is self.current]
+        if any(child.accepts() for child in here):
+            return False
+        if not any(self.is_coming_up(child) for child in self.current.children):
+            return False
+        ours = self.current.listeners.keys() - self.current.borrowed
+        return bool(ours) or self.clients_are_queued(self.current.borrowed)
+
+    def is_coming_up(self, child: Child) -> bool:
+        """A place in its back-off is not forked again in a stop: its code cannot boot."""
+        if child.life == VACANT:
+            return child.deaths <= 1 and not self.fork_pause.until
+        return child.life in (BOOTING, READY)
+
+    def clients_are_queued(self, addresses: Iterable[str]) -> bool:
+        listeners = [each for address in addresses for each in self.current.listeners[address]]
+        return any(is_ready(listener, select.POLLIN, 0) for listener in listeners)
 
     def stop_by_force(self) -> None:
         log.warning("stopped by force")
@@ -370,21 +448,28 @@ class Master:
         child.hear()  # its last words
         child.line.sock.close()
         scoreboard.write(child.slot, None)
-        child.generation.loads[child.number] = 0
         kind = "status" if code >= 0 else "signal"
-        end = f"worker {child.number} (pid {child.pid}) ended with {kind} {abs(code)}"
+        end = f"{child} ended with {kind} {abs(code)}"
         status, reason = child.failure or (1, end)
-        if child.generation.stage == Stage.LOADING:
+        generation = child.generation
+        place = generation.children[child.number]
+        if generation.stage == Stage.LOADING:
             self.roll_back(reason, status)
-        elif child.life != DRAINING:
-            pause = self.replace(child).fork_at - self.now
-            log.error("%s; it is replaced in %g s", reason, pause)
-        elif code and child.generation.stage != Stage.VOID:
-            log.warning("%s, of generation %d", end, child.generation.number)
+        elif place.predecessor is child:
+            place.predecessor = None
+            log.error("%s, before its successor was ready", reason)
+        elif place is child and child.life < DRAINING:
+            generation.loads[child.number] = 0
+            successor = self.replace(child, child.predecessor)
+            old = f"; until then {child.predecessor} serves on" if child.predecessor else ""
+            log.error("%s; it is replaced in %g s%s", reason, successor.fork_at - self.now, old)
+        elif code and generation.stage != Stage.VOID and child.kill_at == FOREVER:
+            log.warning("%s, of generation %d", end, generation.number)
 
-    def replace(self, child: Child) -> Child:
-        """-> the successor, in the child's place."""
+    def replace(self, child: Child, predecessor: Child | None) -> Child:
+        """-> the successor, now in the child's place. The predecessor serves until it does."""
         successor = child.successor(self.now)
+        successor.predecessor = predecessor
         child.generation.children[child.number] = successor
         return successor
 
@@ -503,19 +588,23 @@ class Master:
             if generation.config.pidfile != heir.config.pidfile:
                 release_pidfile(generation.config.pidfile)
             for child in self.children.values():
-                if child.generation is generation and child.life != DRAINING:
+                if child.generation is generation and child.life < DRAINING:
                     self.end(child, dropped - generation.borrowed)
 
     def end(self, child: Child, dropped: Collection[str]) -> None:
-        """Order a worker to drain, or kill it if it has not loaded yet.
+        """Order a worker to drain, once, or kill it if it has not loaded yet.
 
         The order is written before the signal is sent. So a worker that hears the signal finds the
         order at the start of its next round, before it begins anything new. (A worker that is dead
         keeps its pid until reap(), so the signal cannot reach a stranger.)
+        dropped: the addresses whose queue nobody inherits.
         """
-        signum = signal.SIGKILL if child.life == BOOTING else signal.SIGHUP
-        child.order_to_drain(dropped)
-        os.kill(child.pid, signum)
+        if child.life == BOOTING:
+            self.kill(child)
+        else:
+            child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)
+            os.kill(child.pid, signal.SIGHUP)
+        child.enter(DRAINING)
 
     def notify(self, state: str, outcome: str, level: int = logging.INFO) -> None:
         """Tell the log and, if it started us, systemd, which waits for the end of each reload."""
@@ -531,33 +620,90 @@ class Master:
         """Look at every place, and do what it needs."""
         for generation in self.generations():
             for child in list(generation.children):
-                if child.life == LEAVING:
-                    successor = self.replace(child)
-                    child.order_to_drain(())
-                    child = successor
-                if child.life == VACANT:
-                    self.fork_when_due(child)
-                elif child.life == BOOTING:
-                    self.end_if_overdue(child)
-                elif child.life == READY and generation.stage == Stage.CURRENT:
-                    child.line.say("go")
-                    child.enter(SERVING)
+                self.maintain(child)
+
+    def maintain(self, child: Child) -> None:
+        """Fork for a vacant place, send the ready to work, let a predecessor go."""
+        if child.life == LEAVING and self.may_be_replaced(child):
+            child = self.replace(child, predecessor=child)
+        if child.life == VACANT:
+            self.fork_when_due(child)
+        elif child.life == READY and child.generation.stage == Stage.CURRENT:
+            child.line.say("go")
+            child.enter(SERVING)
+        old = child.predecessor
+        if old and (old.hurries or child.life == SERVING):
+            child.predecessor = None
+            self.end(old, ())
+            log.info("%s drains (%s); pid %d takes its place", old, old.why, child.pid)
+
+    def may_be_replaced(self, child: Child) -> bool:
+        """For max_requests one at a time: otherwise a whole generation could load at once."""
+        if self.stopping:
+            return False
+        old = [place.predecessor for place in child.generation.children if place.predecessor]
+        return child.why != MAX_REQUESTS or not any(each.why == MAX_REQUESTS for each in old)
 
     def fork_when_due(self, child: Child) -> None:
+        if self.stopping and not self.is_coming_up(child):
+            return
         if self.now >= max(child.fork_at, self.fork_pause.until):
             self.spawn(child)
 
-    def end_if_overdue(self, child: Child) -> None:
-        """A replacement has its own boot_timeout, like the workers of a reload."""
-        if self.now > child.since + child.generation.config.boot_timeout:
-            reason = f"worker {child.number} was not ready within boot_timeout"
-            child.failure = child.failure or (1, reason)
-            os.kill(child.pid, signal.SIGKILL)
+    # Workers that hang
+    def watch_workers(self) -> None:
+        """End the workers that hang: they read no question, or take too long to boot or to leave.
+
+        Each question is asked after a turn of our own loop. So a machine that sleeps, or a SIGSTOP
+        of master and workers, counts as one unread question at most.
+        """
+        hang_timeout = self.current.config.hang_timeout
+        must_ask = self.now >= self.ask_at
+        if must_ask:
+            # One more, so that even a hang that begins after a question is found in time.
+            pause = hang_timeout / (QUESTIONS + 1)
+            self.ask_at = self.now + pause if hang_timeout else FOREVER
+        for child in self.children.values():
+            is_overdue = self.now >= child.deadline()
+            if child.kill_at < FOREVER:
+                if is_overdue:
+                    self.kill(child)
+            elif is_overdue:
+                state = child.life.name.lower()
+                self.abort(child, f"{child} has been {state} for too long")
+            elif must_ask and hang_timeout and READY <= child.life <= DRAINING:
+                self.ask(child)
+
+    def ask(self, child: Child) -> None:
+        """Has the worker's main thread read the last question? Then ask the next one.
+
+        The kernel tells what is unread, so that an answer need not wake the master.
+        """
+        child.unread = child.unread + 1 if unsent_bytes(child.line.sock) else 0
+        if child.unread == QUESTIONS:
+            timeout = f"{self.current.config.hang_timeout:g} s"
+            self.abort(child, f"{child} has not answered for {timeout} (hang_timeout)")
+        else:
+            child.line.say("are you well?")
+
+    def abort(self, child: Child, reason: str) -> None:
+        """End a worker that hangs. At SIGABRT faulthandler writes every thread's traceback."""
+        requests = "; ".join(child.desks.read())
+        log.error("%s; in flight: %s", reason, requests or "nothing")
+        child.failure = child.failure or (1, reason)
+        child.kill_at = self.now + ABORT_TIME
+        os.kill(child.pid, signal.SIGABRT)
+
+    def kill(self, child: Child) -> None:
+        """End a worker at once. (Should it be stuck in the kernel, once more in a while.)"""
+        child.kill_at = self.now + ABORT_TIME
+        os.kill(child.pid, signal.SIGKILL)
 
     def spawn(self, child: Child) -> None:
         """Fork a worker into its place, or begin a pause if the system has no more to give."""
         taken = {other.slot for other in self.children.values()}
-        child.slot = min({*range(Scoreboard.SLOTS)} - taken, default=0)
+        child.slot = min({*range(Scoreboard.SLOTS)} - taken, default=None)
+        child.desks = Desks(child.generation.config.threads)
         # Signals are blocked around the fork: the child must not run the master's handlers, nor
         # lose a signal before it has its own.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -583,7 +729,7 @@ class Master:
         """
         try:
             self.close_what_is_not_for(child)
-            run_worker(child.generation, child.number, child.slot, line)
+            run_worker(child, line)
             leave(0)
         except ConfigError as error:
             line.say("failed", 2, str(error))
@@ -618,14 +764,15 @@ class WorkerLife:
     """
 
     life = BOOTING
+    why = ""  # it is leaving
     now = 0.0  # time.monotonic() at the last wake-up
     explain_at = FOREVER  # when a draining worker says next what it waits for
     give_up_at = FOREVER  # drain_timeout: when it leaves whatever is in flight
 
-    def __init__(self, generation: Generation, number: int, line: Line, bell: Bell):
-        self.generation = generation
-        self.number = number
-        self.config = generation.config
+    def __init__(self, child: Child, line: Line, bell: Bell):
+        self.generation = child.generation
+        self.number = child.number
+        self.config = child.generation.config
         self.line = line
         self.bell = bell
         self.selector = selectors.DefaultSelector()  # each key's data is the function to call
@@ -638,7 +785,10 @@ class WorkerLife:
 
     def drains(self) -> bool:
         """(any thread) Is this worker on its way out? Then answers say `Connection: close`."""
-        return self.life >= LEAVING
+        return self.life >= DRAINING
+
+    def accepts(self) -> bool:
+        return self.life in (SERVING, LEAVING)
 
     def obey(self) -> None:
         """Act on the signals that have come. An order was written before its SIGHUP was sent."""
@@ -646,15 +796,23 @@ class WorkerLife:
             self.hear()
             if signum == signal.SIGHUP and not self.drains():
                 log.warning("SIGHUP without an order from the master: serving on")
-            elif signum in (signal.SIGTERM, signal.SIGQUIT) and self.life == SERVING:
+            elif signum in (signal.SIGTERM, signal.SIGQUIT) and self.accepts():
                 self.ask_to_leave(signal.Signals(signum).name)
 
     def ask_to_leave(self, why: str) -> None:
-        """From now on answers say close. Draining awaits the master's order."""
-        log.info("%s: asking the master for a replacement, to drain", why)
-        self.line.say("leaving")
-        self.stop_accepting()
-        self.enter(LEAVING)
+        """Ask the master for a successor, and serve on until it orders to drain.
+
+        The second signal asks for that order at once. (It is the master's to give. Were this worker
+        to close its listeners by itself, a stop at that moment could leave nobody for the queue.)
+        """
+        if self.life == SERVING or self.why == MAX_REQUESTS:
+            log.info("%s: asking the master for a successor, serving on until it is ready", why)
+            self.line.say("leaving", why)
+            self.why = why
+            self.enter(LEAVING)
+        else:
+            log.info("%s again: asking the master to drain at once", why)
+            self.line.say("hurry")
 
     def on_line(self) -> None:
         """The master has said something, or it is gone: that is the end of the line."""
@@ -666,11 +824,10 @@ class WorkerLife:
             self.drain(nobody_inherits, self.config.idle_grace)
 
     def hear(self) -> None:
-        """Act on the master's words."""
+        """Act on the master's words. A question whether we are well has only to be read."""
         for word, *arguments in self.line.hear():
             if word == "go":
                 self.enter(SERVING)
-                self.bell.handle(*STOPS)
             elif word == "drain":
                 dropped, grace = arguments
                 self.drain(dropped, grace)
@@ -685,8 +842,8 @@ class WorkerLife:
         An answer under way learns of the order in Exchange.may_keep(), Part III. If it promised
         keep-alive just before, the connection's grace starts at its end.
         """
-        if self.life != DRAINING:
-            has_listened = self.life >= SERVING  # before "go" a socket may never have listened
+        if not self.drains():
+            has_listened = self.accepts()  # before "go" a socket may never have listened
             self.enter(DRAINING)
             self.explain_at = self.now + DRAIN_REPORT
             if self.config.drain_timeout:
@@ -708,13 +865,13 @@ class WorkerLife:
         raise NotImplementedError
 
 
-def run_worker(generation: Generation, number: int, slot: int, line: Line) -> None:
+def run_worker(child: Child, line: Line) -> None:
     """(worker) A worker's life. All signals are still blocked when it begins."""
-    # 1. Signals. Until it serves, a stop ends it at once: it has begun nothing.
+    # 1. Signals. Until it serves it ignores a stop: it may have been meant for the whole group, and
+    # a client may be queued. The master ends a worker that it does not need by SIGKILL.
     bell = Bell()
-    for signum in MASTER_SIGNALS:
-        signal.signal(signum, signal.SIG_DFL)
-    bell.handle(signal.SIGHUP, signal.SIGINT, *IGNORED_SIGNALS)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    bell.handle(signal.SIGHUP, *STOPS, *IGNORED_SIGNALS)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     # 2. Load the application. SIGIO ends this process if the master ends meanwhile.
     fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
@@ -722,16 +879,20 @@ def run_worker(generation: Generation, number: int, slot: int, line: Line) -> No
     master_is_gone = is_ready(line, select.POLLIN, 0)
     if master_is_gone:
         return
-    worker = Worker(generation, number, slot, line, bell)
+    worker = Worker(child, line, bell)
     worker.report()
-    worker.application = load_application(generation.config)
+    faulthandler.enable(STDERR)  # for a SIGABRT of the master: it works even while a C call hangs
+    worker.application = load_application(worker.config)
+    raise_descriptor_limit(worker)
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
     # 3. Serve, when the master says "go", until it has drained.
+    bell.take_signals()  # what came while it was loading is not for it
     worker.enter(READY)
     line.say("ready")
     worker.run()
     if worker.in_flight:
         log.warning("drain_timeout: %d requests in flight are cut short", worker.in_flight)
+    line.say("exiting")
 
 
 def leave(status: int) -> NoReturn:
@@ -870,13 +1031,15 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     report_at = 0.0  # not before
     reported: dict[str, Any] | None = None  # what stands in the scoreboard
 
-    def __init__(self, generation: Generation, number: int, slot: int, line: Line, bell: Bell):
-        WorkerLife.__init__(self, generation, number, line, bell)
+    def __init__(self, child: Child, line: Line, bell: Bell):
+        WorkerLife.__init__(self, child, line, bell)
         socketserver.BaseServer.__init__(self, None, None)  # type: ignore[arg-type]
-        self.slot = slot
+        self.slot = child.slot
+        self.desks = child.desks
+        self.leave_after = requests_of_a_life(self.config.max_requests)
         self.listeners: dict[Listener, str] = {}  # each one's address, as configured
         self.common_environ: dict[Listener, Environ] = {}
-        for address, listeners in generation.listeners.items():
+        for address, listeners in self.generation.listeners.items():
             for listener in listeners:
                 self.listeners[listener] = address
                 self.common_environ[listener] = self.environ_of(listener)
@@ -998,18 +1161,21 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def start_thread(self) -> None:
         name = f"request-{self.threads}"
         try:
-            threading.Thread(target=self.work, daemon=True, name=name).start()
+            arguments = (self.threads,)
+            threading.Thread(target=self.work, args=arguments, daemon=True, name=name).start()
         except RuntimeError as error:  # the threads that there are go on
             self.thread_pause.begin(self.now, error)
             return
         self.threads += 1
         self.thread_pause.end()
 
-    def work(self) -> None:
+    def work(self, desk: int) -> None:
         """(request thread) Do one job after another.
 
-        To start a thread for each would cost more than most jobs do.
+        To start a thread for each would cost more than most jobs do. The request lies on the
+        thread's desk meanwhile, where the master sees it if this worker hangs.
         """
+        place = self.desks.place(desk)
         gate = threading.Lock()
         gate.acquire()
         while True:
@@ -1019,8 +1185,10 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.sleepers.append(gate)
                 gate.acquire()
                 continue
+            self.desks.memory[place] = cast(Request, connection.request).label
             # socketserver's: it calls finish_request() and, in any case, shutdown_request().
             self.process_request_thread(cast(Any, connection), connection.client)
+            self.desks.memory[place] = Desks.EMPTY
 
     def finish_request(self, connection: Any, client_address: Any) -> None:
         """(request thread) Run the application for this connection's request."""
@@ -1042,6 +1210,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             connection.request = None
             self.in_flight -= 1
             self.served += 1
+            if self.served == self.leave_after and self.life == SERVING:
+                self.ask_to_leave(MAX_REQUESTS)
             if not connection.is_kept:
                 self.close_answered(connection)
             elif connection.buffer:
@@ -1110,7 +1280,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         This comes before dispatch() gives the thread away. Otherwise clients that are kept alive
         could starve newcomers.
         """
-        if self.is_accepting or self.life != SERVING or self.in_flight >= self.config.threads:
+        if self.is_accepting or not self.accepts() or self.in_flight >= self.config.threads:
             return
         if self.now < max(self.accept_pause.until, self.polite_until):
             return
@@ -1144,7 +1314,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             return True  # only that client is gone again
         self.accept_pause.end()
         # A draining worker empties its queues whatever its limits.
-        while self.life == SERVING and self.open_connections >= self.config.connections:
+        while self.accepts() and self.open_connections >= self.config.connections:
             if not self.close_longest_idle():
                 break
         host, port = address[:2] if isinstance(address, tuple) else ("", "")
@@ -1205,8 +1375,9 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         del self.by_state[connection.state][connection]
         self.by_state[state][connection] = None
         connection.state = state
-        connection.since = self.now
-        connection.deadline = self.now + self.limits[state]
+        # Not `now`: if this thread did not run for a while, that time is not the client's.
+        connection.since = time.monotonic()
+        connection.deadline = connection.since + self.limits[state]
         if not connection.is_registered and state not in (WAITING, IN_FLIGHT):
             connection.is_registered = True
             read = functools.partial(self.read, connection)
@@ -1342,10 +1513,11 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.close_listener(listener)
 
     def shorten_grace(self, grace: float) -> None:
+        now = time.monotonic()
         for state in (NEW, IDLE):
             self.limits[state] = min(self.limits[state], grace)
             for connection in self.by_state[state]:
-                connection.deadline = min(connection.deadline, self.now + grace)
+                connection.deadline = min(connection.deadline, now + grace)
 
     # Report
     def explain(self) -> None:
@@ -1364,8 +1536,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def report(self) -> None:
         """(main thread) Tell the other workers of the load, and the scoreboard what has changed."""
-        accepts = self.life == SERVING
-        self.generation.loads[self.number] = self.open_connections + 1 if accepts else 0
+        if self.accepts():
+            self.generation.loads[self.number] = self.open_connections + 1
         if self.now < self.report_at:
             return
         new, idle, reading, receiving, *_ = map(len, self.by_state)
@@ -1374,6 +1546,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             "worker": self.number,
             "generation": self.generation.number,
             "state": self.life.name.lower(),
+            "why": self.why,
             "idle": new + idle,
             "reading": reading + receiving,
             "in_flight": self.in_flight,
@@ -1469,6 +1642,7 @@ class Request(NamedTuple):
     """What a head says. It is cached and shared by requests, so it is never changed."""
 
     line: str  # escaped for logs
+    label: bytes  # the line without query and version, as it lies on a desk
     environ: Environ  # the head in PEP 3333's words
     length: int | None  # bytes of the body; None: it is chunked
     expects_100: bool  # the client waits for 100 Continue before it sends the body
@@ -1560,7 +1734,8 @@ def parse_head(head: bytes) -> Request:
         "QUERY_STRING": query,
         "SERVER_PROTOCOL": "HTTP/1.1" if is_http11 else "HTTP/1.0",
     }
-    return Request(escaped(line.decode()), environ, *framing, is_http11)
+    label = Desks.label(f"{method} {target.partition('?')[0]}")
+    return Request(escaped(line.decode()), label, environ, *framing, is_http11)
 
 
 def parse_request_line(line: bytes) -> tuple[str, str, str, str]:
@@ -2091,6 +2266,9 @@ def escaped(text: str) -> str:
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 LONGEST_UNIX_PATH = 107  # bytes, in Linux's struct sockaddr_un
 FIRST_PASSED_DESCRIPTOR = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
+STDERR = 2  # its descriptor
+SPARE_DESCRIPTORS = 64  # for what the application opens while it serves
+MASTER_DESCRIPTORS = 20  # standard streams, bell, logs and what is open for a moment
 
 
 def is_ready(source: Any, event: int, seconds: float) -> bool:
@@ -2195,15 +2373,17 @@ class Scoreboard:
     SIZE = 4096  # bytes of a slot; an entry has about 2 KB at most
     memory = mmap.mmap(-1, SLOTS * SIZE)
 
-    def write(self, slot: int, facts: dict[str, Any] | None) -> None:
-        """None empties the slot."""
+    def write(self, slot: int | None, facts: dict[str, Any] | None) -> None:
+        """No facts empty the slot. A worker for which there was none is not shown."""
+        if slot is None:
+            return
         entry = json.dumps(facts).encode().ljust(self.SIZE, b"\0")
         self.memory[slot * self.SIZE : (slot + 1) * self.SIZE] = entry
 
     def read(self) -> list[dict[str, Any]]:
         """-> an entry for each worker, the oldest generation first. Each wait has its age in s."""
         found = []
-        for text in re.findall(rb"\{[^\0]+", self.memory):
+        for text in re.findall(rb"\{[^\0]+", self.memory[:]):  # a copy: workers are writing
             try:
                 facts = json.loads(text)
             except ValueError:  # it is being written: the next look finds it
@@ -2215,6 +2395,73 @@ class Scoreboard:
 
 
 scoreboard = Scoreboard()  # the master's; its workers inherit it
+
+
+class Desks:
+    """Memory that a worker shares with the master: what each of its request threads is doing.
+
+    The scoreboard would not do for that: a worker that hangs cannot fill it in.
+    """
+
+    SIZE = 64  # bytes of a desk
+    EMPTY = bytes(SIZE)
+
+    def __init__(self, threads: int):
+        self.memory = mmap.mmap(-1, threads * self.SIZE)
+
+    @classmethod
+    def label(cls, request: str) -> bytes:
+        """-> what is put on a desk: ASCII, filled up with NUL."""
+        return request.encode()[: cls.SIZE].ljust(cls.SIZE, b"\0")
+
+    def place(self, desk: int) -> slice:
+        return slice(desk * self.SIZE, (desk + 1) * self.SIZE)
+
+    def read(self) -> list[str]:
+        """-> the requests that lie on the desks."""
+        desks = re.findall(rb"(?s).{%d}" % self.SIZE, self.memory[:])
+        return [desk.rstrip(b"\0").decode() for desk in desks if desk[0]]
+
+
+# Limits
+def requests_of_a_life(max_requests: int) -> int:
+    """-> after how many a worker leaves: a random tenth more, so that not all do at once; 0: never.
+
+    The numbers of `random` would be the same in all workers that are forked from one master.
+    """
+    return max_requests + int.from_bytes(os.urandom(4), "big") % (max_requests // 10 + 1)
+
+
+def raise_descriptor_limit(worker: Worker) -> None:
+    """(worker) Raise the soft limit to what it may need; warn if the hard limit forbids that."""
+    config = worker.config
+    in_use = os.dup(STDERR)  # the lowest free number
+    os.close(in_use)
+    needed = config.connections + config.threads + SPARE_DESCRIPTORS + in_use
+    limit = raise_limit_to(needed)
+    if limit < needed and worker.number == 0:
+        message = "only %d descriptors are allowed; connections and threads may need %d"
+        log.warning(message, limit, needed)
+
+
+def refuse_too_many(workers: int, addresses: Collection[str]) -> None:
+    """(master) A reload needs lines and listeners of two generations. Raises ValueError."""
+    needed = 2 * (workers + 2 * len(addresses)) + MASTER_DESCRIPTORS
+    limit = raise_limit_to(needed)
+    if limit < needed:
+        reason = f"a reload needs {needed} descriptors, and only {limit} are allowed"
+        raise ValueError(f"[server:main] workers: {workers}: {reason}")
+
+
+def raise_limit_to(needed: int) -> float:
+    """Raise the soft limit of open descriptors as far as it is needed and allowed. -> the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return FOREVER
+    wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted)
 
 
 # Listeners
@@ -2389,6 +2636,8 @@ class Config(NamedTuple):
     idle_grace: float
     drain_timeout: float  # 0: no limit
     boot_timeout: float
+    hang_timeout: float  # 0: a worker that hangs stays
+    max_requests: int  # after which a worker is replaced; 0: never
     certfile: str
     keyfile: str
     pidfile: str
@@ -2543,6 +2792,8 @@ KEYS = {
     "boot_timeout":      Key("60",              seconds(at_least=0.001)),
     "idle_grace":        Key("5",               seconds()),
     "drain_timeout":     Key("0",               seconds()),
+    "hang_timeout":      Key("60",              seconds()),
+    "max_requests":      Key("0",               whole(0, 10**9)),
     "certfile":          Key("",                str),
     "keyfile":           Key("",                str),
     "pidfile":           Key("",                path_in_folder),
@@ -2599,6 +2850,7 @@ class Ini(configparser.ConfigParser):
                 values[key] = read(text)
             except (ValueError, OSError) as error:
                 raise ValueError(f"[server:main] {key}: {text!r}: {reason_of(error)}") from None
+        refuse_too_many(values["workers"], values["listen"])
         tls = tls_context(values["certfile"], values["keyfile"])
         return Config(**values, tls=tls, parts=self.parts(), ini=self)
 
