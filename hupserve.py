@@ -8,9 +8,9 @@ The promise. From its first answer to its stop no client is refused or reset, an
 that has begun to arrive is answered, even if the new configuration is wrong. Two exceptions:
 
 - drain_timeout, where it is set, cuts short the requests that take longer.
-- A request that is sent at the very moment its idle connection is closed is lost, as everywhere
-  in HTTP/1.1 (RFC 9112 section 9.5). The connection is read once more just before it is closed,
-  so this window is one system call wide. A reload does not widen it.
+- A request that crosses the close of its idle connection on the wire is lost, as everywhere in
+  HTTP/1.1 (RFC 9112 section 9.5). The connection is read once more just before it is closed, so
+  this window is no wider than the network makes it. A reload does not widen it.
 
 Left to others: HTTP/2, websockets, async applications, privileges, static files at scale.
 
@@ -18,7 +18,7 @@ Who is who:
 
     operator --signals--> MASTER    owns the listeners, starts and counts the workers; runs no
                           |    ^    application code and no thread, so it can fork for years
-       go, drain (line)   v    |    ready, leaving, exiting (line)
+       go, drain (line)   v    |    ready, serving, leaving, exiting (line)
                         WORKER      its main thread owns every connection that is not in flight:
                           |    ^    it accepts, reads, waits, expires, closes
      a complete request   v    |    the connection, answered
@@ -48,8 +48,9 @@ Four rules make it safe. The code refers to them by number.
 3. What can fail happens before the commit, and nothing before it is visible to a client. (listen()
    is the last step. Should it fail at the second of two new addresses, clients of the first are
    reset.)
-4. For a dropped address the master closes its copy first, then orders. The worker empties the
-   queue and closes the last copy. In this order nobody who is queued is reset.
+4. For a dropped address the master closes its copy of the socket first, and then orders. Each
+   worker empties the queue before it closes its own copy. So the queue is empty when the last
+   copy is closed, which would reset the clients in it.
 
 The parts. Part I alone is the reload; it can be read without the others.
 
@@ -120,9 +121,9 @@ FOREVER = float("inf")
 # Part I: the reload
 #
 # The master and its workers are processes. They talk over a line, a socketpair for each worker.
-# Up go "ready", "leaving", "hurry", "exiting" and "failed"; down come "go", "drain" and a question,
-# which only has to be read. What follows are the states of a worker and of a generation, then the
-# master, then the worker's side.
+# Up go "ready", "serving", "leaving", "hurry", "exiting" and "failed". Down come "go", "drain" and
+# a question, which only has to be read. What follows are the states of a worker and of a
+# generation, then the master, then the worker's side.
 # ==================================================================================================
 class Life(enum.IntEnum):
     """A worker's life. Dying ends every state.
@@ -138,7 +139,7 @@ class Life(enum.IntEnum):
     #                                              -> DRAINING: a roll-back or a stop orders it
     SERVING = 3   # accepts                        -> LEAVING: it wants a successor, says "leaving"
     #                                              -> DRAINING: the master orders it
-    LEAVING = 4   # serves on                      -> DRAINING: ordered, its successor is SERVING
+    LEAVING = 4   # serves on                      -> DRAINING: ordered, its successor serves
     DRAINING = 5  # finishes what it has begun     -> EXITING: it says "exiting"
     EXITING = 6   # runs the exit functions        -> gone
     # fmt: on
@@ -206,9 +207,10 @@ class Child:
     slot: int | None = None  # its place in the scoreboard, if there was one
     line: Line
     desks: Desks
+    has_begun = False  # it has said that it serves
     why = ""  # it is LEAVING
     hurries = False  # it is LEAVING, and shall not wait for its successor
-    predecessor: Child | None = None  # LEAVING, and serves until this one does
+    predecessor: Child | None = None  # LEAVING, and serves until this one has begun
     unread = 0  # questions in a row that it has not read
     kill_at = FOREVER  # it was aborted or killed: when it is killed (again)
     failure: tuple[int, str] | None = None  # exit status and reason, which it said before it died
@@ -225,13 +227,15 @@ class Child:
         self.since = time.monotonic()
 
     def hear(self) -> None:
-        """Note what the worker has said. What it said before it heard an order to drain is past."""
+        """Note what the worker has said. A word that crossed our order to drain no longer counts."""
         for word, *arguments in self.line.hear():
             if word == "failed":
                 status, reason = arguments
                 self.failure = (status, reason)
             elif word == "ready" and self.life == BOOTING:
                 self.enter(READY)
+            elif word == "serving":
+                self.has_begun = True
             elif word == "leaving" and self.life in (SERVING, LEAVING):
                 self.enter(LEAVING)
                 self.why = arguments[0]
@@ -292,8 +296,8 @@ class Generation:
             if not set(binds).isdisjoint(adopted)
         }
         self.children: list[Child] = []  # by number, from LOADING on
-        # Each worker's open connections and 1, by number; 0 while it accepts none. All of them read
-        # it to leave a newcomer to the one that has the fewest.
+        # At each worker's number: how many connections it has open, plus 1; 0 means that it accepts
+        # none. All workers read this to leave a newcomer to the one that has the fewest.
         shared_memory = mmap.mmap(-1, 4 * config.workers)
         self.loads = memoryview(shared_memory).cast("I")
 
@@ -390,17 +394,21 @@ class Master:
         self.settle(self.current, self.upcoming)
 
     def advance_stop(self) -> None:
-        """A stop is a reload to a configuration without addresses. It keeps the pidfile so far."""
+        """Carry the stop out, as soon as what is queued will be answered."""
         if not self.stopping or not self.current.listeners or self.must_come_up_first():
             return
         accepting = [child for child in self.children.values() if child.accepts()]
         if not accepting and self.clients_are_queued(self.current.listeners.keys()):
             log.error("no worker could come up to answer the clients that are queued")
-        nothing = self.current.config._replace(listen={})
-        self.settle(Generation(self.current.number, nothing), self.current)
-        if self.stop_grace is not None:  # a second order, also for those that drained already
+        self.drop_all_addresses()
+        if self.stop_grace is not None:  # a second message, also to workers that drained already
             for child in self.children.values():
                 child.line.say("drain", [], self.stop_grace)
+
+    def drop_all_addresses(self) -> None:
+        """A stop is a reload to a configuration without addresses. The pidfile stays to the end."""
+        nothing = self.current.config._replace(listen={})
+        self.settle(Generation(self.current.number, nothing), self.upcoming, self.current)
 
     def must_come_up_first(self) -> bool:
         """Is there nobody to answer what is queued, but a worker that will in a moment?
@@ -428,6 +436,7 @@ class Master:
     def stop_by_force(self) -> None:
         log.warning("stopped by force")
         self.status = self.status or 1
+        self.drop_all_addresses()
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)
 
@@ -452,19 +461,25 @@ class Master:
         end = f"{child} ended with {kind} {abs(code)}"
         status, reason = child.failure or (1, end)
         generation = child.generation
-        place = generation.children[child.number]
         if generation.stage == Stage.LOADING:
             self.roll_back(reason, status)
-        elif place.predecessor is child:
-            place.predecessor = None
-            log.error("%s, before its successor was ready", reason)
-        elif place is child and child.life < DRAINING:
-            generation.loads[child.number] = 0
-            successor = self.replace(child, child.predecessor)
-            old = f"; until then {child.predecessor} serves on" if child.predecessor else ""
-            log.error("%s; it is replaced in %g s%s", reason, successor.fork_at - self.now, old)
+        elif child.life < DRAINING:
+            self.fill_place_of(child, reason)
         elif code and generation.stage != Stage.VOID and child.kill_at == FOREVER:
             log.warning("%s, of generation %d", end, generation.number)
+
+    def fill_place_of(self, dead: Child, reason: str) -> None:
+        """A worker has died that was not to go."""
+        generation = dead.generation
+        place = generation.children[dead.number]
+        if place.predecessor is dead:  # its successor is on the way
+            place.predecessor = None
+            log.error("%s, before its successor was ready", reason)
+            return
+        generation.loads[dead.number] = 0
+        pause = self.replace(dead, dead.predecessor).fork_at - self.now
+        old = f"; until then {dead.predecessor} serves on" if dead.predecessor else ""
+        log.error("%s; it is replaced in %g s%s", reason, pause, old)
 
     def replace(self, child: Child, predecessor: Child | None) -> Child:
         """-> the successor, now in the child's place. The predecessor serves until it does."""
@@ -476,7 +491,7 @@ class Master:
     # The reload
     def advance_reload(self) -> None:
         """Move the reload on as far as it goes. A SIGHUP meanwhile is remembered, once."""
-        if self.sighup_waits and not self.upcoming:
+        if self.sighup_waits and not self.upcoming and not self.stopping:
             self.begin_reload()
         new = self.upcoming
         if new is None:
@@ -546,7 +561,7 @@ class Master:
         self.notify("READY=1", f"generation {new.number} serves with {count_workers(new.config)}")
 
     def listen(self, new: Generation, old: Generation) -> None:
-        """The new addresses before the kept ones, which take a new backlog from it."""
+        """Listen on the new addresses first. On a kept one this only changes the backlog."""
         added = [address for address in new.listeners if address not in old.listeners]
         kept = [address for address in new.listeners if address in old.listeners]
         for address in added + kept:
@@ -632,7 +647,7 @@ class Master:
             child.line.say("go")
             child.enter(SERVING)
         old = child.predecessor
-        if old and (old.hurries or child.life == SERVING):
+        if old and (old.hurries or child.has_begun):
             child.predecessor = None
             self.end(old, ())
             log.info("%s drains (%s); pid %d takes its place", old, old.why, child.pid)
@@ -759,8 +774,7 @@ class Master:
 class WorkerLife:
     """(worker) The worker's side of the protocol. All of it runs in the worker's main thread.
 
-    Its subclass Worker, in Part II, serves. What the protocol needs of it are the three methods at
-    the end.
+    Its subclass Worker, in Part II, serves. It must provide the three methods at the end.
     """
 
     life = BOOTING
@@ -828,6 +842,7 @@ class WorkerLife:
         for word, *arguments in self.line.hear():
             if word == "go":
                 self.enter(SERVING)
+                self.line.say("serving")
             elif word == "drain":
                 dropped, grace = arguments
                 self.drain(dropped, grace)
@@ -1062,6 +1077,12 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.accept_pause = Pause("accept")
         self.thread_pause = Pause("start a thread")
         self.fork_guard = ForkGuard(self)
+
+    def enter(self, life: Life) -> None:
+        """A new state is shown at once: a successor that serves, before its predecessor drains."""
+        super().enter(life)
+        self.report_at = 0.0
+        self.report()
 
     # One round
     def run(self) -> None:
@@ -1311,7 +1332,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         except OSError as error:
             if error.errno in EXHAUSTED:
                 return self.make_room_or_pause(listener, error)
-            return True  # only that client is gone again
+            return error.errno != errno.EINVAL  # only that client is gone, if it is a listener yet
         self.accept_pause.end()
         # A draining worker empties its queues whatever its limits.
         while self.accepts() and self.open_connections >= self.config.connections:
