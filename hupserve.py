@@ -227,7 +227,7 @@ class Child:
         self.since = time.monotonic()
 
     def hear(self) -> None:
-        """Note what the worker has said. A word that crossed our order to drain no longer counts."""
+        """Note what the worker has said. A word that crossed our order to drain is void."""
         for word, *arguments in self.line.hear():
             if word == "failed":
                 status, reason = arguments
