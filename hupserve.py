@@ -2149,6 +2149,9 @@ def escaped(text: str) -> str:
     return ascii(text)[1:-1].replace('"', '\\"')
 
 
+escaped("")  # PyPy opens files at the first call, and a worker may have no descriptor free by then
+
+
 # ==================================================================================================
 # Part IV: tools
 #
