@@ -3367,6 +3367,36 @@ def test_slow_but_steady_readers_are_served_to_the_end(serve, path):
         assert len(client.answer().body) == SIZE_FOR_THE_SLOW
 
 
+def queued(server: Server, client: Client) -> int:
+    """Return how many bytes of an answer the server's kernel holds for this client, see proc(5)."""
+    _, port = client.socket.getsockname()
+    ports = re.compile(rf":{server.port:04X} \w+:{port:04X} \w+ (?P<queued>\w+):")
+    found = ports.search(Path("/proc/net/tcp").read_text())
+    assert found
+    return int(found["queued"], 16)
+
+
+def test_slow_readers_of_a_large_file_fill_no_queue_but_free_their_thread_of_a_small_one(serve):
+    """Guards: TCP_NOTSENT_LOWAT, and that it ends with the download on a connection that is kept.
+
+    A megabyte in the kernel's queue leaves the processor's caches before the client copies it.
+    """
+    server = serve(workers=1)
+    (server.folder / "data").write_bytes(b"x" * SIZE_FOR_THE_SLOW)
+    with server.connect(receive_buffer=65536) as client:
+        client.request("GET", "/file?0,")
+        until(lambda: queued(server, client) > 0)
+        highest = 0
+        for _ in range(20):
+            highest = max(highest, queued(server, client))
+            time.sleep(0.01)
+        assert highest < 500_000
+        assert len(client.answer().body) == SIZE_FOR_THE_SLOW
+        client.request("GET", "/big?1500000")
+        until(lambda: queued(server, client) > 1_000_000)
+        assert len(client.answer().body) == 1_500_000
+
+
 def test_slow_readers_of_next_to_nothing_end_at_io_timeout(serve):
     """A few bytes now and then are no progress. (slowhttptest -X attacks so.)"""
     server = serve(workers=1, threads=1, io_timeout=1)
