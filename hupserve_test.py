@@ -720,6 +720,7 @@ APPLICATION = r'''
 import io
 import json
 import logging
+import mmap
 import os
 import subprocess
 import sys
@@ -1018,6 +1019,14 @@ def do_readinto(environ, start_response):
     finally:
         sys.setprofile(None)
     return text(start_response, bytes(target[:count] + target[3:]))
+
+def do_gigabytes(environ, start_response):
+    """Name sizes over 2 GiB, in a read and in an answer. Most of this memory is never touched."""
+    with mmap.mmap(-1, 2**31 + 1) as target:
+        note("gigabytes", environ["wsgi.input"].raw.readinto(target))
+    ok(start_response, ("Content-Length", str(2**31 + 2)))
+    yield b"x"
+    yield bytes(2**31 + 1)
 
 def do_short(environ, start_response):
     ok(start_response, ("Content-Length", "10"))
@@ -3547,6 +3556,20 @@ def test_operator_tls_and_its_renewal(serve, certificates):
         server.release("held")
         assert client.answer().closes
         assert client.ended()
+
+
+@beyond_core
+def test_operator_tls_has_no_sizes_that_are_too_large(serve, certificates):
+    """Guards: no system call is asked for 2 GiB. Python 3.9's TLS would raise OverflowError."""
+    server = serve(workers=1, **certificates[0])
+    with server.connect(tls=trusting(certificates[0])) as client:
+        length = f"Content-Length: {2**31 + 1}"
+        client.request("POST", "/gigabytes", b"", length, "Expect: 100-continue")
+        assert client.answer().status == 100
+        client.send(b"hello")
+        assert client.take_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+        assert client.take(1_000_000) == b"x" + bytes(999_999)
+    assert server.log("gigabytes") == "5\n"
 
 
 @beyond_core
