@@ -2901,6 +2901,28 @@ def test_exchange_byte_by_byte(shared):
                 assert answer["body"] == "hello"
 
 
+def test_exchange_no_reading_is_quadratic(serve):
+    """Guards: input is received in small pieces, because each chunk taken off one copies it.
+
+    One-byte chunks cost the most. Four times as many cost four times the processor time, and those
+    that nobody reads cost nothing.
+    """
+    server = serve(workers=1)
+    [worker] = server.workers()
+
+    def cost(path: str, count: int) -> float:
+        [before] = [process.cpu for process in processes() if process.pid == worker]
+        with server.connect() as client:
+            client.send(wire(f"POST {path} {HOST}Transfer-Encoding: chunked||{'1|x|' * count}0||"))
+            assert client.answer().status == 200
+        [after] = [process.cpu for process in processes() if process.pid == worker]
+        return after - before
+
+    count = 30_000
+    assert cost("/size", 4 * count) < 8 * max(cost("/size", count), 0.05)
+    assert cost("/unread", 4 * count) < 0.1
+
+
 def test_exchange_expect_100_continue(shared):
     """The client is told to go on when the application first reads, and not if it never does."""
 
