@@ -103,7 +103,7 @@ import time
 import traceback
 import urllib.parse
 import wsgiref.util
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
 __version__ = "2.0.0"
@@ -774,7 +774,7 @@ class Master:
 class WorkerLife:
     """(worker) The worker's side of the protocol. All of it runs in the worker's main thread.
 
-    Its subclass Worker, in Part II, serves. It must provide the three methods at the end.
+    Its subclass Worker, in Part II, serves. It must provide the four methods at the end.
     """
 
     life = BOOTING
@@ -865,6 +865,8 @@ class WorkerLife:
                 self.give_up_at = self.now + self.config.drain_timeout
             self.stop_accepting()
             self.close_listeners(but_empty_first=dropped if has_listened else ())
+        else:
+            self.shorten_lingering()  # INT alone orders twice: a person waits at a terminal
         self.shorten_grace(grace)
 
     def stop_accepting(self) -> None:
@@ -877,6 +879,10 @@ class WorkerLife:
 
     def shorten_grace(self, grace: float) -> None:
         """Let no idle connection stay for more than `grace` seconds."""
+        raise NotImplementedError
+
+    def shorten_lingering(self) -> None:
+        """Discard no client's input for long any more."""
         raise NotImplementedError
 
 
@@ -965,7 +971,10 @@ POLITE_PAUSE = 0.001  # seconds in which a worker that has fewer connections tak
 FULL_PAUSE = 0.1  # seconds between two looks of a full worker whether it can make room
 FAIR_DIFFERENCE = 3  # connections that a worker may have more than another: fewer is no burden
 ACCEPT_SHARE = 4  # of its free threads a worker fills a fourth at once, the others get their share
-LINGER = 2.0  # seconds in which the input of a closing connection is discarded
+LINGER = 30.0  # seconds in which the input of a closing connection is discarded, at most
+LINGER_AFTER_INT = 2.0  # seconds: the same when somebody has pressed Ctrl-C
+LINGER_LOOK = 1.0  # seconds between two looks at what closing connections do
+LINGER_PATIENCE = 5.0  # seconds in which the client of a closing connection may do nothing
 LONGEST_SLEEP = 3600.0  # seconds; epoll takes no infinity
 REPORT_PAUSE = 0.02  # seconds between two entries in the scoreboard
 SHOWN_REQUESTS = 8  # of those in flight, in the scoreboard
@@ -989,6 +998,8 @@ class Connection:
     must_linger = True  # the client may still be sending when we close
     must_make_room = False  # other clients are queued and there is no place for them
     looked_ahead = False  # in a drain: the input was searched for one more request
+    active_at = 0.0  # CLOSING: when the client last sent something or took a part of the answer
+    untaken = 0  # CLOSING: bytes of the answer that it had not taken at the last look
 
     def __init__(
         self, sock: socket.socket, client: str, common_environ: Environ, tls: ssl.SSLContext | None
@@ -1043,6 +1054,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     served = 0  # requests answered
     threads = 0  # started
     polite_until = 0.0  # until then newcomers are left to other workers
+    look_at = FOREVER  # when closing connections are looked at next
     report_at = 0.0  # not before
     reported: dict[str, Any] | None = None  # what stands in the scoreboard
 
@@ -1100,6 +1112,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
                 if key.data:
                     key.data()
             self.expire()
+            self.end_idle_lingering()
             self.empty_queues()
             self.resume_accepting()
             self.dispatch()
@@ -1148,6 +1161,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         timers = (
             self.accept_pause.until,
             self.polite_until,
+            self.look_at,
             self.report_at,
             self.explain_at,
             self.give_up_at,
@@ -1233,6 +1247,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.served += 1
             if self.served == self.leave_after and self.life == SERVING:
                 self.ask_to_leave(MAX_REQUESTS)
+            if connection.tls and connection.is_kept and not connection.buffer:
+                connection.receive()  # the next request may be decrypted already: no selector tells
             if not connection.is_kept:
                 self.close_answered(connection)
             elif connection.buffer:
@@ -1254,7 +1270,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": "https" if tls else "http",
             "wsgi.multithread": True,
-            "wsgi.multiprocess": True,
+            "wsgi.multiprocess": self.config.workers > 1,
             "wsgi.run_once": False,
             "wsgi.errors": ErrorsToLog(),
             "wsgi.file_wrapper": wsgiref.util.FileWrapper,
@@ -1336,7 +1352,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.accept_pause.end()
         # A draining worker empties its queues whatever its limits.
         while self.accepts() and self.open_connections >= self.config.connections:
-            if not self.close_longest_idle():
+            if not self.close_least_needed():
                 break
         host, port = address[:2] if isinstance(address, tuple) else ("", "")
         remote = {"REMOTE_ADDR": host, "REMOTE_PORT": str(port)}
@@ -1355,7 +1371,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         """
         if not is_ready(listener, select.POLLIN, 0):
             return False
-        if self.close_longest_idle():
+        if self.close_least_needed():
             return True
         self.accept_pause.begin(self.now, error)
         self.stop_accepting()
@@ -1364,23 +1380,24 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     # Limits: who has to make room
     def is_full(self) -> bool:
         """(main thread) Is there no place for a newcomer, nor anybody to close for it?"""
-        return self.open_connections >= self.config.connections and not self.longest_idle()
+        return self.open_connections >= self.config.connections and not self.least_needed()
 
     def clients_are_queued(self) -> bool:
         return any(is_ready(listener, select.POLLIN, 0) for listener in self.listeners)
 
-    def longest_idle(self) -> Connection | None:
+    def least_needed(self) -> Connection | None:
         """-> the new or kept connection that has been idle for longest, and for JUST_BUSY at least.
 
-        A client that was answered a moment ago may be about to speak.
+        If there is none, it is the one that has lingered for longest. A client that was answered a
+        moment ago may be about to speak, or to take its answer.
         """
-        firsts = [next(iter(self.by_state[state]), None) for state in (NEW, IDLE)]
-        idle = [first for first in firsts if first and first.since <= self.now - JUST_BUSY]
-        return min(idle, key=lambda connection: connection.since, default=None)
+        firsts = [next(iter(self.by_state[state]), None) for state in (NEW, IDLE, CLOSING)]
+        quiet = [first for first in firsts if first and first.since <= self.now - JUST_BUSY]
+        return min(quiet, key=lambda first: (first.state == CLOSING, first.since), default=None)
 
-    def close_longest_idle(self) -> bool:
+    def close_least_needed(self) -> bool:
         """(main thread) Make room. -> was there one to close, or to read because it has spoken?"""
-        connection = self.longest_idle()
+        connection = self.least_needed()
         if connection:
             connection.deadline = self.now
             self.expire()
@@ -1391,7 +1408,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         """(main thread) The one place where a connection's state changes.
 
         All connections in a state have the same timeout, so the first is the first that is due.
-        (shorten_grace() keeps that true.)
+        (shorten() keeps that true.)
         """
         del self.by_state[connection.state][connection]
         self.by_state[state][connection] = None
@@ -1414,15 +1431,14 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             connection.is_registered = False
             self.selector.unregister(connection.sock)
             return
+        if connection.state == CLOSING:
+            self.discard(connection)
+            return
         came = connection.receive()
         if came is None and connection.is_registered:
             return
         if came == 0:
             self.on_end_of_input(connection)
-        elif connection.state == CLOSING:
-            # Discard one piece a round: a client that sends without end must not keep this thread
-            # from its deadline.
-            connection.buffer = b""
         else:
             self.advance(connection)
 
@@ -1465,13 +1481,50 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def linger(self, connection: Connection) -> None:
         """(main thread) Shut down our side, and discard what still comes.
 
-        A close with input unread is a reset, which can overtake the answer.
+        A close with input unread is a reset, which can overtake the answer. A client that still
+        sends or takes something has LINGER seconds, any other LINGER_PATIENCE.
         """
         self.say_goodbye(connection)
         connection.buffer = b""
         with contextlib.suppress(OSError):
             connection.sock.shutdown(socket.SHUT_WR)
+        connection.active_at = self.now
+        connection.untaken = unsent_bytes(connection.sock)
+        self.look_at = min(self.look_at, self.now + LINGER_LOOK)
         self.move(connection, CLOSING)
+
+    def discard(self, connection: Connection) -> None:
+        """(main thread) Discard one piece: endless input must not keep this thread from others.
+
+        It is read past TLS, which takes no more input after its close_notify.
+        """
+        try:
+            came = socket.socket.recv(connection.sock, PIECE)
+        except NO_DATA_YET:
+            return
+        except OSError:
+            came = b""
+        if came:
+            connection.active_at = self.now
+        else:
+            self.close(connection)
+
+    def end_idle_lingering(self) -> None:
+        """(main thread) Close the closing connections whose clients do nothing any more.
+
+        No event tells that a client has taken a part of its answer, so this looks at them in turns.
+        """
+        if self.now < self.look_at:
+            return
+        closing = self.by_state[CLOSING]
+        for connection in list(closing):
+            untaken = unsent_bytes(connection.sock)
+            if untaken < connection.untaken:
+                connection.active_at = self.now
+            connection.untaken = untaken
+            if self.now >= connection.active_at + LINGER_PATIENCE:
+                self.close(connection)
+        self.look_at = self.now + LINGER_LOOK if closing else FOREVER
 
     def close(self, connection: Connection) -> None:
         """(main thread) Close the socket. This is the only place that does (rule 2)."""
@@ -1534,11 +1587,18 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.close_listener(listener)
 
     def shorten_grace(self, grace: float) -> None:
-        now = time.monotonic()
-        for state in (NEW, IDLE):
-            self.limits[state] = min(self.limits[state], grace)
-            for connection in self.by_state[state]:
-                connection.deadline = min(connection.deadline, now + grace)
+        self.shorten(NEW, grace)
+        self.shorten(IDLE, grace)
+
+    def shorten_lingering(self) -> None:
+        self.shorten(CLOSING, LINGER_AFTER_INT)
+
+    def shorten(self, state: State, limit: float) -> None:
+        """(main thread) From now on a connection may be in this state for so many seconds."""
+        self.limits[state] = min(self.limits[state], limit)
+        due = time.monotonic() + limit
+        for connection in self.by_state[state]:
+            connection.deadline = min(connection.deadline, due)
 
     # Report
     def explain(self) -> None:
@@ -1607,7 +1667,9 @@ MAX_FIELDS = 100  # in a head, and in trailers (431)
 SMALL_BODY = 65536  # bytes: a body announced as so short is read before a thread is taken
 TRICKLE = 4096  # bytes of a response that a client must take within io_timeout
 CACHED = 128  # parsed heads, their fields, and response heads that are remembered
-MOST_AT_ONCE = 2**30  # bytes that sendfile() is asked for
+MOST_AT_ONCE = 2**30  # bytes that one system call is asked for: TLS takes less than 2**31
+LARGE_FILE = 2**22  # bytes of a response from which on the kernel's queue is kept short
+SHORT_QUEUE = 2**17  # bytes: more would leave the processor's cache before the client copies it
 
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 AUTHORITY = re.compile(
@@ -1625,7 +1687,7 @@ DOUBTFUL = re.compile(rb"\0|(?<!\r)\n|\r(?=[^\n])")  # in a head: NUL, bare LF, 
 # These two match a line without its LF.
 CHUNK_LINE = re.compile(rb"(?P<size>[0-9A-Fa-f]{1,16})(?P<extensions>;[\t -~\x80-\xff]*)?\r")
 TRAILER_LINE = re.compile(rf"(?:{FIELD})?\r".encode())
-STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")
+STATUS = re.compile(r"[2-9][0-9]{2}(?: [\t -~\x80-\xff]*)?")  # 1xx is never final
 LENGTH = re.compile("[0-9]{1,18}")  # more digits than any real length has
 FORGING = re.compile(r"[^\t -~\x80-\xff]")  # CR or LF in a response field would begin another
 CLOSE_OPTION = re.compile(r"\bclose\b", re.IGNORECASE)
@@ -1708,11 +1770,14 @@ def take_partial_head(connection: Connection) -> State:
     buffer = connection.buffer
     if buffer in (b"", b"\r"):  # an empty line is no request
         return NEW if connection.state == NEW else IDLE
-    line, crlf, _ = buffer.partition(b"\r\n")
-    if crlf or len(line) > MAX_LINE + 1:  # its CR may have come without its LF
-        parse_request_line(line)
+    # Look at each byte once: a head may come in as many pieces as it has bytes.
+    start = max(0, connection.scanned - 1)
+    end = buffer.find(b"\r\n")
+    too_long = end < 0 and len(buffer) > MAX_LINE + 1  # its CR may have come without its LF
+    if end >= start or too_long:
+        parse_request_line(buffer[:end])
     refuse_if(len(buffer) >= MAX_HEAD, 431, f"a head of more than {MAX_HEAD} bytes")
-    doubt = DOUBTFUL.search(buffer, max(0, connection.scanned - 1))
+    doubt = DOUBTFUL.search(buffer, start)
     refuse_if(doubt, 400, "NUL, bare CR or bare LF in a head")
     connection.scanned = len(buffer)
     return READING
@@ -1859,7 +1924,10 @@ class Body(io.RawIOBase):
         try:
             if self.is_chunked and not self.unread:
                 self.begin_chunk()
-            count = self.read_some(memoryview(target)[: self.unread])
+            # A view that outlived this call would keep RawIOBase.read() from resizing its buffer.
+            size = min(self.unread, MOST_AT_ONCE)
+            with memoryview(target) as whole, whole[:size] as wanted:
+                count = self.read_some(wanted)
         except Refusal as refusal:
             self.refusal = refusal
             raise
@@ -1959,7 +2027,7 @@ def begin_head(
     The present second is an argument because a cached head's Date ends with it.
     """
     if not STATUS.fullmatch(status):
-        raise ValueError(f"{status!r} is no status")
+        raise ValueError(f"{status!r} is no final status")
     ours = {
         "date": f"Date: {email.utils.formatdate(epoch_second, usegmt=True)}",
         "server": "Server: hupserve",
@@ -2084,7 +2152,11 @@ class Exchange:
             raise exc_info[1].with_traceback(exc_info[2])
         if self.status and not exc_info:
             raise AssertionError("start_response was called twice, without exc_info")
-        self.response_head = begin_head(status, tuple(map(tuple, headers)), int(time.time()))
+        # A subclass of str may compare, or print, as something else. What is checked, remembered
+        # and sent is its text.
+        status = str.__str__(status)
+        fields = tuple([(str.__str__(name), str.__str__(value)) for name, value in headers])
+        self.response_head = begin_head(status, fields, int(time.time()))
         self.status = status
         self.unsent = self.response_head.length
         self.keeps = self.keeps and self.response_head.keeps
@@ -2113,13 +2185,10 @@ class Exchange:
         unknown, HTTP/1.0        the end of the connection
         """
         code = self.status[:3]
-        never_has_body = code == "204" or code[0] == "1"
-        if never_has_body or code == "304" or self.request.environ["REQUEST_METHOD"] == "HEAD":
+        if code in ("204", "304") or self.request.environ["REQUEST_METHOD"] == "HEAD":
             announced = self.unsent
             self.unsent = 0
-            if code[0] == "1":
-                self.keeps = False
-            if announced is None or never_has_body:
+            if announced is None or code == "204":
                 return b""
             return b"\r\nContent-Length: %d" % announced
         if self.unsent is None:
@@ -2174,7 +2243,7 @@ class Exchange:
             rest = memoryview(data)
         while rest:
             try:
-                count = self.connection.sock.send(rest)
+                count = self.connection.sock.send(rest[:MOST_AT_ONCE])
             except NO_DATA_YET:
                 self.wait_for_room()
             except OSError as error:
@@ -2209,13 +2278,31 @@ class Exchange:
         if start >= size:  # as of the files in /proc, whose size is 0
             return False
         self.send(self.finish_head(size - start))
-        while self.unsent:
-            count = self.send_from_file(file.fileno(), start + self.sent, self.unsent)
-            if count == 0:  # it has become shorter, or sendfile() cannot
-                break
-            self.sent += count
-            self.unsent -= count
+        with self.short_queue():
+            while self.unsent:
+                count = self.send_from_file(file.fileno(), start + self.sent, self.unsent)
+                if count == 0:  # it has become shorter, or sendfile() cannot
+                    break
+                self.sent += count
+                self.unsent -= count
         return self.sent > 0 or not self.unsent
+
+    @contextlib.contextmanager
+    def short_queue(self) -> Iterator[None]:
+        """While a large file is sent, let the kernel hold little that is not on its way yet.
+
+        A megabyte in its queue would leave the processor's caches before the client copies it. For
+        other answers the queue is as long as ever, so that they do not hold their thread.
+        """
+        option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+        if option is None or (self.unsent or 0) < LARGE_FILE:
+            yield
+            return
+        with contextlib.suppress(OSError):  # a unix socket has no such option
+            self.connection.sock.setsockopt(socket.IPPROTO_TCP, option, SHORT_QUEUE)
+        yield
+        with contextlib.suppress(OSError):
+            self.connection.sock.setsockopt(socket.IPPROTO_TCP, option, 0)  # the system's default
 
     def send_from_file(self, descriptor: int, offset: int, count: int) -> int:
         """-> bytes sent. 0: there are no more, or this system cannot send this file so."""
@@ -2276,6 +2363,9 @@ def log_access(connection: Connection, status: str, sent: int) -> None:
 def escaped(text: str) -> str:
     """What a client sent must not forge a line of a log, or steer a terminal."""
     return ascii(text)[1:-1].replace('"', '\\"')
+
+
+escaped("")  # PyPy opens files at the first call, and a worker may have no descriptor free by then
 
 
 # ==================================================================================================
