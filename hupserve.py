@@ -565,8 +565,9 @@ class Master:
         if self.current.number:
             self.notify("READY=1", f"reload rolled back: {reason}", logging.ERROR)
             return
-        # It was the start, or a --check.
+        # It was the start, or a --check. There is nothing for a remembered SIGHUP to reload.
         self.stopping = True
+        self.sighup_waits = False
         self.status = max(status, self.status) if status else 0
         tell(reason)
 
