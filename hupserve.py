@@ -396,11 +396,14 @@ class Master:
         accepting = [child for child in self.children.values() if child.accepts()]
         if not accepting and self.clients_are_queued(self.current.listeners.keys()):
             log.error("no worker could come up to answer the clients that are queued")
-        nothing = self.current.config._replace(listen={})
-        self.settle(Generation(self.current.number, nothing), self.current)
+        self.let_go_of_everything()
         if self.stop_grace is not None:  # a second order, also for those that drained already
             for child in self.children.values():
                 child.line.say("drain", [], self.stop_grace)
+
+    def let_go_of_everything(self) -> None:
+        nothing = self.current.config._replace(listen={})
+        self.settle(Generation(self.current.number, nothing), self.current)
 
     def must_come_up_first(self) -> bool:
         """Is there nobody to answer what is queued, but a worker that will in a moment?
@@ -426,8 +429,10 @@ class Master:
         return any(is_ready(listener, select.POLLIN, 0) for listener in listeners)
 
     def stop_by_force(self) -> None:
+        """A second stop. What is killed here has no place any more in which it were replaced."""
         log.warning("stopped by force")
         self.status = self.status or 1
+        self.let_go_of_everything()
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)
 
