@@ -312,7 +312,7 @@ class Master:
     sighup_waits = False  # one that no reload has taken up yet
     stopping = False  # it was ordered
     stop_grace: float | None = None  # seconds for idle connections then, if not idle_grace
-    ask_at = 0.0  # when the workers are asked next whether they are well
+    asked_at = 0.0  # when the workers were last asked whether they are well
     now = 0.0  # time.monotonic() at the last wake-up
 
     def __init__(self, config: Config):
@@ -366,7 +366,7 @@ class Master:
 
     def next_deadline(self) -> float:
         """-> when something comes due without a signal or a word, in time.monotonic() seconds."""
-        due = [self.ask_at, *(child.deadline() for child in self.children.values())]
+        due = [self.ask_at(), *(child.deadline() for child in self.children.values())]
         is_reloading = self.sighup_waits or self.upcoming
         if is_reloading or any(child.life < SERVING for child in self.current.children):
             due.append(self.now + TICK)
@@ -434,6 +434,7 @@ class Master:
         return any(is_ready(listener, select.POLLIN, 0) for listener in listeners)
 
     def stop_by_force(self) -> None:
+        """A second stop. What is killed here has no place any more in which it were replaced."""
         log.warning("stopped by force")
         self.status = self.status or 1
         self.drop_all_addresses()
@@ -580,8 +581,9 @@ class Master:
         if self.current.number:
             self.notify("READY=1", f"reload rolled back: {reason}", logging.ERROR)
             return
-        # It was the start, or a --check.
+        # It was the start, or a --check. There is nothing for a remembered SIGHUP to reload.
         self.stopping = True
+        self.sighup_waits = False
         self.status = max(status, self.status) if status else 0
         tell(reason)
 
@@ -672,12 +674,9 @@ class Master:
         Each question is asked after a turn of our own loop. So a machine that sleeps, or a SIGSTOP
         of master and workers, counts as one unread question at most.
         """
-        hang_timeout = self.current.config.hang_timeout
-        must_ask = self.now >= self.ask_at
+        must_ask = self.now >= self.ask_at()
         if must_ask:
-            # One more, so that even a hang that begins after a question is found in time.
-            pause = hang_timeout / (QUESTIONS + 1)
-            self.ask_at = self.now + pause if hang_timeout else FOREVER
+            self.asked_at = self.now
         for child in self.children.values():
             is_overdue = self.now >= child.deadline()
             if child.kill_at < FOREVER:
@@ -686,8 +685,16 @@ class Master:
             elif is_overdue:
                 state = child.life.name.lower()
                 self.abort(child, f"{child} has been {state} for too long")
-            elif must_ask and hang_timeout and READY <= child.life <= DRAINING:
+            elif must_ask and READY <= child.life <= DRAINING:
                 self.ask(child)
+
+    def ask_at(self) -> float:
+        """-> when to ask next, as the current configuration has it. A reload may change it.
+
+        One more, so that even a hang that begins after a question is found in time.
+        """
+        hang_timeout = self.current.config.hang_timeout
+        return self.asked_at + hang_timeout / (QUESTIONS + 1) if hang_timeout else FOREVER
 
     def ask(self, child: Child) -> None:
         """Has the worker's main thread read the last question? Then ask the next one.
