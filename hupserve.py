@@ -2886,6 +2886,7 @@ h1 { font-size: 1.75rem } h2 { font-size: 1.1rem } h3 { font-size: 1rem }
 button, code { font: inherit; padding: .25rem .75rem }
 button { margin: .25rem 0 }
 code { font-family: monospace; background: #8882; user-select: all }
+small { white-space: nowrap }
 small, .quiet { color: var(--quiet); font-size: .875rem; font-weight: normal }
 #silence:empty { display: none }
 .failed #outcome, #silence { color: var(--bad); font-weight: 600 }
@@ -2901,7 +2902,8 @@ small, .quiet { color: var(--quiet); font-size: .875rem; font-weight: normal }
 .serving, #master.ready { --state: #2e9e5b } .draining, .stopping { --state: #e8710a }
 #master.failed { --state: var(--bad) }
 h3, .requests li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .75rem }
-h3 span, .requests span + span { font-weight: normal; font-variant-numeric: tabular-nums }
+h3 span { font-weight: normal }
+.requests span + span { font-variant-numeric: tabular-nums }
 h3 span::before { content: "● "; color: var(--state) }
 .requests li { margin: .25rem 0; padding: 0 .25rem; border: 1px solid var(--bar);
   background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 0 / 0;
@@ -2926,7 +2928,7 @@ h3 span::before { content: "● "; color: var(--state) }
 <section>
   <p id="next"></p>
   <p id="demo" hidden><button id="hold" value="20">Hold a request in flight for 20 s</button>
-    <small>up to 4 at once: a browser opens 6 connections, and this page needs one</small></p>
+    <small>up to 4 at once</small></p>
   <ol id="answers" aria-live="polite"></ol>
 </section>
 <div id="lanes"></div>
@@ -2936,7 +2938,7 @@ h3 span::before { content: "● "; color: var(--state) }
 const PAUSE = 500 // ms between an answer and the next question
 const PATIENCE = 5000 // ms until an answer is taken to be missing
 const LONG = 20 // seconds: the age at which a bar is full
-const MOST_HELD = 4 // requests
+const MOST_HELD = 4 // requests: a browser opens six connections, and this page needs one
 const MOST_ANSWERS = 6 // lines
 const WORDS = { booting: "loads the application", ready: "has loaded, accepts nothing yet",
   serving: "accepts and answers", leaving: "serves until its successor is ready",
@@ -3034,6 +3036,7 @@ async function poll() {
 
 $("hold").onclick = hold
 $("copy").onclick = () => navigator.clipboard.writeText($("command").textContent)
+  .then(() => say($("copy"), "Copied"))
 $("copy").hidden = !navigator.clipboard
 poll()
 </script>
