@@ -434,8 +434,8 @@ class Master:
                 return
         new.children = [Child(new, number) for number in range(new.config.workers)]
         new.enter(Stage.LOADING)
-        what = f"loading generation {new.number} with {count_workers(new.config)}"
-        self.show("reloading", what)
+        workers = count_workers(new.config)
+        self.show("reloading", f"loading generation {new.number} with {workers}")
 
     def refuse_overlap(self, binds: Binds) -> None:
         for other in self.current.listeners:
@@ -522,7 +522,7 @@ class Master:
         os.kill(child.pid, signum)
 
     def notify(self, state: str, outcome: str, level: int = logging.INFO) -> None:
-        """Tell the log and, if it started us, systemd, which waits for the end of each reload."""
+        """Tell the log, the page and, if it started us, systemd, which waits for a reload's end."""
         log.log(level, "%s", outcome)
         sd_notify(self.notify_socket, f"{state}\nSTATUS={outcome}")
         word = state.partition("=")[0].lower()
@@ -2218,11 +2218,12 @@ class Scoreboard:
     MASTER = 0  # its slot
     WORKERS = range(1, 1024)  # theirs
     UNSEEN = 1024  # the slot that nobody reads, for all workers beyond these
-    SIZE = 4096  # bytes of a slot; an entry of cut texts has fewer, whatever they are
+    # Bytes of a slot. An entry has fewer: its texts are cut, and a character takes six at most.
+    SIZE = 4096
     memory = mmap.mmap(-1, (UNSEEN + 1) * SIZE)
 
     def write(self, slot: int, facts: dict[str, Any] | None) -> None:
-        """None empties the slot. An entry that were too long after all would not be shown."""
+        """None empties the slot."""
         text = json.dumps(facts, ensure_ascii=False).encode(errors="backslashreplace")
         entry = text[: self.SIZE - 1].ljust(self.SIZE, b"\0")
         self.memory[slot * self.SIZE : (slot + 1) * self.SIZE] = entry
@@ -2232,8 +2233,7 @@ class Scoreboard:
         found = []
         pattern = re.compile(rb"\{[^\0]+")
         for text in pattern.findall(self.memory, first * self.SIZE, (last + 1) * self.SIZE):
-            # It may be being written: then the next look finds it.
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):  # it is being written: the next look finds it
                 found.append(json.loads(text, object_hook=with_age))
         return found
 
@@ -2866,6 +2866,8 @@ def sd_notify(address: str, message: str) -> None:
 
 
 # Status and demo: the two applications that ship with it
+# Nothing is ever put into the page. It draws itself from the JSON, as text, so that nothing which a
+# client or an application says can become markup.
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -2886,28 +2888,29 @@ h1 { font-size: 1.75rem } h2 { font-size: 1.1rem } h3 { font-size: 1rem }
 button, code { font: inherit; padding: .25rem .75rem }
 button { margin: .25rem 0 }
 code { font-family: monospace; background: #8882; user-select: all }
-small { white-space: nowrap }
 small, .quiet { color: var(--quiet); font-size: .875rem; font-weight: normal }
-#silence:empty { display: none }
+ul:empty, ol:empty, #silence:empty { display: none }
 .failed #outcome, #silence { color: var(--bad); font-weight: 600 }
 .silent > :not(#silence) { opacity: .5; filter: grayscale(1) }
 #lanes, .workers { display: grid; gap: .5rem }
-.workers { grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)) }
+.workers { align-items: start; grid-template-columns:
+  repeat(auto-fill, minmax(min(18rem, 100%), 1fr)) }
 #lanes > section { border-top: 1px solid var(--line); padding-top: .5rem }
 @media (min-width: 45rem) {
   #lanes > section { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1rem } }
-.card { border: 1px solid var(--line); border-left: .5rem solid var(--state, #888);
-  border-radius: .25rem; padding: .5rem .75rem }
+.card { --state: #888; padding: .5rem .75rem; border-radius: .25rem;
+  border: 1px solid var(--line); border-left: .5rem solid var(--state) }
 .booting, .reloading { --state: #d9a400 } .ready { --state: #3b82f6 } .leaving { --state: #9061f9 }
 .serving, #master.ready { --state: #2e9e5b } .draining, .stopping { --state: #e8710a }
 #master.failed { --state: var(--bad) }
 h3, .requests li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .75rem }
 h3 span { font-weight: normal }
-.requests span + span { font-variant-numeric: tabular-nums }
-h3 span::before { content: "● "; color: var(--state) }
-.requests li { margin: .25rem 0; padding: 0 .25rem; border: 1px solid var(--bar);
-  background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 0 / 0;
-  transition: background-size .5s linear }
+h3 span::before { content: ""; display: inline-block; width: .7em; height: .7em;
+  margin-right: .4em; border-radius: 50%; background: var(--state) }
+small:not(#ini), .requests span + span { white-space: nowrap; font-variant-numeric: tabular-nums }
+.requests li { font-size: .875rem; margin: .25rem 0; padding: 0 .25rem;
+  border: 1px solid var(--bar); transition: background-size .5s linear;
+  background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 0 / 0 }
 </style>
 <template id="lane">
   <section><div><h2></h2><p class="quiet"></p></div><ul class="workers"></ul></section>
