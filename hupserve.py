@@ -189,13 +189,13 @@ BACK_OFF = (0, 0.2, 0.4, 0.8, 1.6, 3.2, 5)  # seconds before a worker that died 
 STEADY = 10.0  # seconds: a worker that has served for longer is replaced at once
 DRAIN_REPORT = 30.0  # seconds between two log lines on what a draining worker waits for
 EXIT_TIME = 10  # seconds for the application's exit functions
-OVERTIME = (
-    15.0  # seconds after EXITING or drain_timeout begins to be over: a worker that stays hangs
-)
+OVERTIME = 15.0  # seconds of EXITING, or after drain_timeout: a worker that is still there hangs
 QUESTIONS = 4  # in a row that a worker leaves unread: it hangs
 ABORT_TIME = 1.0  # seconds for faulthandler to write the tracebacks of a worker that hangs
 MAX_REQUESTS = "max_requests"  # why a worker leaves; only one of a generation at a time does
 LONGEST_REASON = 500  # characters of an exception's text that go up the line
+SHOWN_OUTCOME = 500  # characters of a reload's outcome that are in the scoreboard
+SHOWN_INI = 150  # characters of the file's path there, the last ones
 
 
 class Child:
@@ -204,7 +204,7 @@ class Child:
     life = VACANT
     since = 0.0  # when it came to this state, in time.monotonic() seconds
     pid = 0
-    slot: int | None = None  # its place in the scoreboard, if there was one
+    slot = 0  # its place in the scoreboard
     line: Line
     desks: Desks
     has_begun = False  # it has said that it serves
@@ -533,6 +533,8 @@ class Master:
                 return
         new.children = [Child(new, number) for number in range(new.config.workers)]
         new.enter(Stage.LOADING)
+        workers = count_workers(new.config)
+        self.show("reloading", f"loading generation {new.number} with {workers}")
 
     def refuse_overlap(self, binds: Binds) -> None:
         for other in self.current.listeners:
@@ -624,9 +626,23 @@ class Master:
         child.enter(DRAINING)
 
     def notify(self, state: str, outcome: str, level: int = logging.INFO) -> None:
-        """Tell the log and, if it started us, systemd, which waits for the end of each reload."""
+        """Tell the log, the page and, if it started us, systemd, which waits for a reload's end."""
         log.log(level, "%s", outcome)
         sd_notify(self.notify_socket, f"{state}\nSTATUS={outcome}")
+        word = state.partition("=")[0].lower()
+        self.show(word, outcome, has_failed=level >= logging.ERROR)
+
+    def show(self, state: str, outcome: str, has_failed: bool = False) -> None:
+        """Tell the scoreboard, for the page. state: "ready", "reloading" or "stopping"."""
+        facts = {
+            "pid": os.getpid(),
+            "ini": self.current.config.ini.path[-SHOWN_INI:],
+            "state": state,
+            "outcome": outcome[:SHOWN_OUTCOME],
+            "failed": has_failed,
+            "since": self.now,
+        }
+        scoreboard.write(Scoreboard.MASTER, facts)
 
     # The workers
     def generations(self) -> list[Generation]:
@@ -724,7 +740,7 @@ class Master:
     def spawn(self, child: Child) -> None:
         """Fork a worker into its place, or begin a pause if the system has no more to give."""
         taken = {other.slot for other in self.children.values()}
-        child.slot = min({*range(Scoreboard.SLOTS)} - taken, default=None)
+        child.slot = min({*Scoreboard.WORKERS} - taken, default=Scoreboard.UNSEEN)
         child.desks = Desks(child.generation.config.threads)
         # Signals are blocked around the fork: the child must not run the master's handlers, nor
         # lose a signal before it has its own.
@@ -985,7 +1001,7 @@ LINGER_PATIENCE = 5.0  # seconds in which the client of a closing connection may
 LONGEST_SLEEP = 3600.0  # seconds; epoll takes no infinity
 REPORT_PAUSE = 0.02  # seconds between two entries in the scoreboard
 SHOWN_REQUESTS = 8  # of those in flight, in the scoreboard
-SHOWN_PATH = 60  # characters of a path there
+SHOWN_PATH = 60  # characters of a path, or a method, there
 PIECE = 16384  # bytes read at once; with more, each chunk taken off a buffer would copy more
 
 NO_DATA_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1616,7 +1632,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         oldest = ""
         for wait in self.oldest_requests(1):
             age = self.now - wait["since"]
-            oldest = f"; the oldest: {wait['client']} {wait['request']} for {age:.0f} s"
+            oldest = "; the oldest: {client} {method} {path} for ".format(**wait) + f"{age:.0f} s"
         others = self.open_connections - self.in_flight
         log.info(
             "still draining: %d in flight, %d other connections%s", self.in_flight, others, oldest
@@ -1639,7 +1655,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             "reading": reading + receiving,
             "in_flight": self.in_flight,
             "served": self.served,
-            "waits_for": self.oldest_requests(SHOWN_REQUESTS) if self.drains() else [],
+            "requests": self.oldest_requests(SHOWN_REQUESTS),
         }
         if facts != self.reported:
             self.reported = facts
@@ -1652,11 +1668,17 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         return [
             {
                 "client": connection.client,
-                "request": re.split(r"[?]| HTTP/", connection.line)[0][:SHOWN_PATH],
+                **shown_request(cast(Request, connection.request).environ),
                 "since": connection.since,
             }
             for connection in oldest
         ]
+
+
+def shown_request(environ: Environ) -> dict[str, str]:
+    """-> what others may see of a request: its method and path, but not its query."""
+    path = environ["REQUEST_URI"].partition("?")[0]
+    return {"method": environ["REQUEST_METHOD"][:SHOWN_PATH], "path": path[:SHOWN_PATH]}
 
 
 # ==================================================================================================
@@ -2485,31 +2507,40 @@ class Line:
 
 
 class Scoreboard:
-    """Memory that all workers share. In its slot each says what it does, as JSON, for the page."""
+    """Memory that all processes share. In its slot each says as JSON what it does, for the page."""
 
-    SLOTS = 1024
-    SIZE = 4096  # bytes of a slot; an entry has about 2 KB at most
-    memory = mmap.mmap(-1, SLOTS * SIZE)
+    MASTER = 0  # its slot
+    WORKERS = range(1, 1024)  # theirs
+    UNSEEN = 1024  # the slot that nobody reads, for all workers beyond these
+    # Bytes of a slot. An entry has fewer: its texts are cut, and a character takes six at most.
+    SIZE = 4096
+    memory = mmap.mmap(-1, (UNSEEN + 1) * SIZE)
 
-    def write(self, slot: int | None, facts: dict[str, Any] | None) -> None:
-        """No facts empty the slot. A worker for which there was none is not shown."""
-        if slot is None:
-            return
-        entry = json.dumps(facts).encode().ljust(self.SIZE, b"\0")
+    def write(self, slot: int, facts: dict[str, Any] | None) -> None:
+        """None empties the slot."""
+        text = b""
+        if facts:
+            text = json.dumps(facts, ensure_ascii=False).encode(errors="backslashreplace")
+        entry = text[: self.SIZE - 1].ljust(self.SIZE, b"\0")
         self.memory[slot * self.SIZE : (slot + 1) * self.SIZE] = entry
 
-    def read(self) -> list[dict[str, Any]]:
-        """-> an entry for each worker, the oldest generation first. Each wait has its age in s."""
+    def read(self, first: int, last: int) -> list[dict[str, Any]]:
+        """-> the entries in these slots, with ages in s."""
         found = []
-        for text in re.findall(rb"\{[^\0]+", self.memory[:]):  # a copy: workers are writing
-            try:
-                facts = json.loads(text)
-            except ValueError:  # it is being written: the next look finds it
+        for start in range(first * self.SIZE, (last + 1) * self.SIZE, self.SIZE):
+            if self.memory[start] == 0:
                 continue
-            for wait in facts["waits_for"]:
-                wait["age"] = round(time.monotonic() - wait.pop("since"), 1)
-            found.append(facts)
-        return sorted(found, key=lambda facts: (facts["generation"], facts["worker"]))
+            text = self.memory[start : start + self.SIZE].rstrip(b"\0")
+            with contextlib.suppress(ValueError):  # it is being written: the next look finds it
+                found.append(json.loads(text, object_hook=with_age))
+        return found
+
+
+def with_age(facts: dict[str, Any]) -> dict[str, Any]:
+    """An entry says since when, so that it need not be written again for being older."""
+    if "since" in facts:
+        facts["age"] = round(time.monotonic() - facts.pop("since"), 1)
+    return facts
 
 
 scoreboard = Scoreboard()  # the master's; its workers inherit it
@@ -3205,28 +3236,184 @@ def sd_notify(address: str, message: str) -> None:
 
 
 # Status and demo: the two applications that ship with it
-COLUMNS = (
-    "generation",
-    "worker",
-    "pid",
-    "state",
-    "idle",
-    "reading",
-    "in_flight",
-    "served",
-    "waits_for",
-)
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>hupserve</title>
-<style>:root { color-scheme: light dark; font-family: system-ui }
-td { padding: .5em; white-space: pre-line }</style>
-<main><h1>%(title)s</h1>
-<p>Answered by worker %(worker)s (pid %(pid)s) of generation %(generation)s.</p>
-<table><tr><th>%(columns)s%(rows)s</table></main>
-<p><button onclick="fetch('slow?seconds=20')" %(hidden)s>Hold a request in flight for 20 s</button>
-<script>setInterval(async () => {
-  const page = await fetch("").then(response => response.text()).catch(() => "")
-  document.querySelector("main").innerHTML = page.split(/<.?main>/)[1] || "Nobody answers."
-}, 500)</script>"""
+# Nothing is ever put into the page. It draws itself from the JSON, as text, so that nothing which a
+# client or an application says can become markup.
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; connect-src 'self';
+  img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>hupserve</title>
+<style>
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif;
+  --line: #c9d0da; --quiet: #566070; --bar: #c6dcfb; --bad: #b3261e }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #434c5a; --quiet: #a9b3c1; --bar: #23497a; --bad: #ff9b91 } }
+body { max-width: 76rem; margin: 1.5rem auto; padding: 0 1rem; overflow-wrap: anywhere }
+main { display: grid; gap: 1.25rem }
+h1, h2, h3, p, ul, ol { margin: 0; padding: 0; list-style: none }
+h1 { font-size: 1.75rem } h2 { font-size: 1.1rem } h3 { font-size: 1rem }
+button, code { font: inherit; padding: .25rem .75rem }
+button { margin: .25rem 0 }
+code { font-family: monospace; background: #8882; user-select: all }
+small, .quiet { color: var(--quiet); font-size: .875rem; font-weight: normal }
+ul:empty, ol:empty, #silence:empty { display: none }
+.failed #outcome, #silence { color: var(--bad); font-weight: 600 }
+.silent > :not(#silence) { opacity: .5; filter: grayscale(1) }
+#lanes, .workers { display: grid; gap: .5rem }
+.workers { align-items: start; grid-template-columns:
+  repeat(auto-fill, minmax(min(18rem, 100%), 1fr)) }
+#lanes > section { border-top: 1px solid var(--line); padding-top: .5rem }
+@media (min-width: 45rem) {
+  #lanes > section { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1rem } }
+.card { --state: #888; padding: .5rem .75rem; border-radius: .25rem;
+  border: 1px solid var(--line); border-left: .5rem solid var(--state) }
+.booting, .reloading { --state: #d9a400 } .ready { --state: #3b82f6 } .leaving { --state: #9061f9 }
+.serving, #master.ready { --state: #2e9e5b } .draining, .stopping { --state: #e8710a }
+#master.failed { --state: var(--bad) }
+h3, .requests li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 .75rem }
+h3 span { font-weight: normal }
+h3 span::before { content: ""; display: inline-block; width: .7em; height: .7em;
+  margin-right: .4em; border-radius: 50%; background: var(--state) }
+small:not(#ini), .requests span + span { white-space: nowrap; font-variant-numeric: tabular-nums }
+.requests li { font-size: .875rem; margin: .25rem 0; padding: 0 .25rem;
+  border: 1px solid var(--bar); transition: background-size .5s linear;
+  background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 0 / 0 }
+</style>
+<template id="lane">
+  <section><div><h2></h2><p class="quiet"></p></div><ul class="workers"></ul></section>
+</template>
+<template id="worker">
+  <li><h3><b></b><span></span></h3><ul class="requests"></ul><p class="quiet"></p></li>
+</template>
+<template id="request"><li><span></span><span></span></li></template>
+<main>
+<h1>hupserve</h1>
+<noscript>This page needs JavaScript. What it would show is at ?format=json.</noscript>
+<p id="silence" role="alert"></p>
+<section id="master" class="card">
+  <h2>Master, pid <span id="pid"></span> <small id="ini"></small></h2>
+  <p><span id="outcome" role="status"></span> <small id="age"></small></p>
+  <p>To reload: <code id="command"></code> <button id="copy">Copy</button></p>
+</section>
+<section>
+  <p id="next"></p>
+  <p id="demo" hidden><button id="hold" value="20">Hold a request in flight for 20 s</button>
+    <small>up to 4 at once</small></p>
+  <ol id="answers" aria-live="polite"></ol>
+</section>
+<div id="lanes"></div>
+<p class="quiet" id="drawn"></p>
+</main>
+<script>
+const PAUSE = 500 // ms between an answer and the next question
+const PATIENCE = 5000 // ms until an answer is taken to be missing
+const LONG = 20 // seconds: the age at which a bar is full
+const MOST_HELD = 4 // requests: a browser opens six connections, and this page needs one
+const MOST_ANSWERS = 6 // lines
+const WORDS = { booting: "loads the application", ready: "has loaded, accepts nothing yet",
+  serving: "accepts and answers", leaving: "serves until its successor is ready",
+  draining: "finishes what it has begun", exiting: "runs its exit functions" }
+const $ = id => document.getElementById(id)
+
+// Text that has not changed is left alone, so that it stays selected.
+function say(element, text) {
+  if (element.textContent !== text) element.textContent = text
+}
+
+// Give the parent one child for each item, made from the template, and keep those that it has.
+function each(parent, template, items, key, draw) {
+  const old = new Map([...parent.children].map(child => [child.dataset.key, child]))
+  items.forEach((item, index) => {
+    const name = String(key(item, index))
+    const child = old.get(name) || $(template).content.firstElementChild.cloneNode(true)
+    old.delete(name)
+    child.dataset.key = name
+    if (parent.children[index] !== child) parent.insertBefore(child, parent.children[index])
+    draw(child, item)
+  })
+  old.forEach(child => child.remove())
+}
+
+function draw({ greeting, path, worker, generation, master, workers }) {
+  const task = greeting ? "Hold a request in flight, change the greeting in" : "Change"
+  say(document.querySelector("h1"), greeting || "hupserve")
+  $("demo").hidden = !greeting
+  $("master").className = `card ${master.state} ${master.failed ? "failed" : ""}`
+  say($("pid"), `${master.pid}`)
+  say($("ini"), master.ini)
+  say($("outcome"), master.outcome)
+  say($("age"), `${master.age.toFixed(0)} s ago`)
+  say($("command"), `kill -HUP ${master.pid}`)
+  say($("next"), `${task} ${master.ini.replace(/.*[/]/, "")} and run the command: a new ` +
+    "generation takes over when it has loaded; the old one stays until it has answered.")
+  const generations = [...new Set(workers.map(one => one.generation))]
+  each($("lanes"), "lane", generations, number => number, (lane, number) => {
+    const mine = workers.filter(one => one.generation === number)
+    const states = [...new Set(mine.map(one => one.state))]
+    say(lane.querySelector("h2"), `Generation ${number}`)
+    say(lane.querySelector("p"), states.map(state => `${state}: ${WORDS[state]}`).join("; "))
+    each(lane.querySelector("ul"), "worker", mine, one => one.pid, (card, one) => {
+      // A request for this page is no news.
+      drawWorker(card, one, one.requests.filter(request => request.path !== path))
+    })
+  })
+  say($("drawn"), `Drawn twice a second; worker ${worker} of generation ${generation} answered.`)
+}
+
+function drawWorker(card, worker, requests) {
+  const unseen = worker.in_flight - worker.requests.length
+  const more = unseen ? `${unseen} more in flight, ` : ""
+  card.className = `card ${worker.state}`
+  say(card.querySelector("b"), `Worker ${worker.worker}, pid ${worker.pid}`)
+  say(card.querySelector("span"), worker.state + (worker.why ? `: ${worker.why}` : ""))
+  say(card.querySelector("p"),
+    `${more}idle ${worker.idle}, reading ${worker.reading}, served ${worker.served}`)
+  each(card.querySelector("ul"), "request", requests, (_, index) => index, (bar, request) => {
+    say(bar.firstChild, `${request.method} ${request.path} from ${request.client}`)
+    say(bar.lastChild, `${request.age.toFixed(1)} s`)
+    bar.style.backgroundSize = `${Math.min(request.age / LONG, 1) * 100}% 100%`
+  })
+}
+
+let presses = 0
+let held = 0
+async function hold() {
+  const line = document.createElement("li")
+  const name = `Request ${++presses}`
+  say(line, `${name} is held …`)
+  $("answers").append(line)
+  if ($("answers").children.length > MOST_ANSWERS) $("answers").firstChild.remove()
+  $("hold").disabled = ++held >= MOST_HELD
+  // no-store: equal requests would wait for one another in the browser's cache.
+  const answer = fetch(`slow?seconds=${$("hold").value}`, { cache: "no-store" })
+    .then(response => response.text())
+  say(line, `${name}: ${await answer.catch(error => `no answer, ${error.message}`)}`)
+  $("hold").disabled = --held >= MOST_HELD
+}
+
+// One failure is nothing: an idle connection may be closed just when it is used again.
+let failures = 0
+async function poll() {
+  const signal = AbortSignal.timeout(PATIENCE)
+  const answer = fetch("?format=json", { cache: "no-store", signal })
+  const facts = await answer.then(response => response.json()).catch(() => null)
+  failures = facts?.master ? 0 : failures + 1
+  if (failures === 0) draw(facts)
+  document.querySelector("main").className = failures > 1 ? "silent" : ""
+  say($("silence"), failures > 1 ? "Nobody answers. This is the last picture; still asking …" : "")
+  setTimeout(poll, failures === 1 ? 0 : PAUSE)
+}
+
+$("hold").onclick = hold
+$("copy").onclick = () => navigator.clipboard.writeText($("command").textContent)
+  .then(() => say($("copy"), "Copied"))
+$("copy").hidden = !navigator.clipboard
+poll()
+</script>
+"""
 
 
 def status_filter(
@@ -3251,35 +3438,21 @@ def status_filter(
 def show_status(
     environ: Environ, start_response: Callable[..., Any], greeting: str
 ) -> Iterable[bytes]:
-    facts: dict[str, Any] = {
+    wants_json = "application/json" in environ.get("HTTP_ACCEPT", "")
+    if not wants_json and "format=json" not in environ.get("QUERY_STRING", ""):
+        return answer(start_response, "200 OK", PAGE, "text/html; charset=utf-8")
+    master = scoreboard.read(Scoreboard.MASTER, Scoreboard.MASTER)
+    workers = scoreboard.read(Scoreboard.WORKERS[0], Scoreboard.WORKERS[-1])
+    facts = {
         "greeting": greeting,
+        "path": shown_request(environ)["path"],  # by which the page knows its own requests
         "pid": os.getpid(),
-        "workers": scoreboard.read(),
         "generation": environ.get("hupserve.generation"),
         "worker": environ.get("hupserve.worker"),
+        "master": master[0] if master else None,
+        "workers": sorted(workers, key=lambda facts: (facts["generation"], facts["worker"])),
     }
-    wants_json = "application/json" in environ.get("HTTP_ACCEPT", "")
-    if wants_json or "format=json" in environ.get("QUERY_STRING", ""):
-        return answer(start_response, "200 OK", json.dumps(facts), "application/json")
-    page = status_page(facts)
-    return answer(start_response, "200 OK", page, "text/html; charset=utf-8")
-
-
-def status_page(facts: dict[str, Any]) -> str:
-    import html  # here, because its table of entities is half a megabyte that few workers need
-
-    rows = ""
-    for worker in facts["workers"]:
-        waits = ["{client} {request} {age} s".format(**wait) for wait in worker["waits_for"]]
-        cells = {**worker, "waits_for": "\n".join(waits)}
-        rows += "\n<tr><td>" + "<td>".join(html.escape(str(cells[column])) for column in COLUMNS)
-    return PAGE % {
-        **facts,
-        "title": html.escape(facts["greeting"] or "hupserve"),
-        "hidden": "" if facts["greeting"] else "hidden",
-        "columns": "<th>".join(COLUMNS).replace("_", " "),
-        "rows": rows,
-    }
+    return answer(start_response, "200 OK", json.dumps(facts), "application/json")
 
 
 def answer(

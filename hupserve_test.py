@@ -4188,8 +4188,9 @@ def test_operator_status_while_a_slow_request_drains(serve):
     [old] = [worker for worker in workers if worker["generation"] == 1]
     assert old["pid"] == held.worker
     assert old["in_flight"] == 1
-    [request] = old["waits_for"]
-    assert request["request"] == "GET /hold"
+    [request] = old["requests"]
+    assert request["method"] == "GET"
+    assert request["path"] == "/hold"
     assert request["age"] >= 0
     assert "127.0.0.1" in request["client"]
 
@@ -4206,6 +4207,226 @@ def test_operator_status_while_a_slow_request_drains(serve):
 
 
 @beyond_core
+def test_operator_status_tells_of_the_master_and_its_last_reload(serve):
+    """It shows each step and outcome of a reload, whatever it says, and however long that is."""
+    server = serve(Server.STATUS)
+
+    def master():
+        return server.get("/status?format=json").json["master"]
+
+    def outcome(pattern):
+        """Wait for such an outcome, and return the master's entry."""
+        until(lambda: re.search(pattern, master()["outcome"]))
+        return master()
+
+    first = outcome("^generation 1 serves with 2 workers$")
+    assert first["pid"] == server.pid
+    assert first["ini"].endswith(server.ini.name)
+    assert first["state"] == "ready"
+    assert first["failed"] is False
+    assert 0 <= first["age"] < DEADLINE
+
+    server.write_app(GATE + APPLICATION)
+    server.touch("gate")
+    server.signal()
+    loading = outcome("^loading generation 2 with 2 workers$")
+    assert loading["state"] == "reloading"
+    until(lambda: len(server.status()) == 4)
+    states = [worker["state"] for worker in server.status()]
+    assert states == ["serving", "serving", "booting", "booting"]
+    server.remove("gate")
+    outcome("^generation 2 serves with 2 workers$")
+
+    server.write(workrs=3)
+    server.signal()
+    refused = outcome("^reload refused: .* workrs: unknown key; did you mean workers[?]$")
+    assert refused["state"] == "ready"
+    assert refused["failed"] is True
+
+    # A text of 5,000 characters, which take six bytes each.
+    server.write(workrs=None, **{"\x01" * 5_000: 3})
+    server.signal()
+    outcome(r"^reload refused: [^\x01]*\x01{100}")
+
+    server.tracebacks = True
+    server.ini.write_text(server.ini.read_text().replace("\x01" * 5_000 + " = 3", ""))
+    server.write_app("raise RuntimeError('\\udcff')\n")
+    server.signal()
+    assert outcome("^reload rolled back: worker [01] failed: RuntimeError")["failed"] is True
+
+
+@beyond_core
+def test_operator_status_of_what_is_in_flight_while_nothing_changes(serve):
+    """An age grows though the worker sleeps. What is too long for a slot is cut.
+
+    A client chooses method and path. These would be escaped twice.
+    """
+    server = serve(Server.STATUS, workers=1)
+    longest = 8_000  # characters; a whole request line has 8,192 bytes
+    for number in range(7):
+        server.connect().request("GET", "/hold/" + '"' * longest + f"?secret{number}")
+    server.connect().request("G" * longest, "/hold?secret")
+
+    def held():
+        [worker] = server.status()
+        assert worker["state"] == "serving"
+        return [request for request in worker["requests"] if request["path"] != "/status"]
+
+    until(lambda: len(held()) == 8)
+    found = held()
+    assert {request["client"] for request in found} == {"127.0.0.1"}
+    assert {request["method"][:3] for request in found} == {"GET", "GGG"}
+    assert {request["path"][:6] for request in found} == {"/hold/", "/hold"}
+    assert "secret" not in json.dumps(found)
+    oldest = found[0]["age"]
+    until(lambda: held()[0]["age"] >= oldest + 0.3)
+
+
+class Browser:
+    """A page in headless Chromium, driven over a pair of pipes by the DevTools protocol.
+
+    Each message is JSON and ends with a NUL. (chromium --remote-debugging-pipe)
+    """
+
+    CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    OPTIONS = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+        "--disable-background-networking --disable-component-update --remote-debugging-pipe"
+    )
+    COMMANDS = 3  # the descriptor from which Chromium reads
+    ANSWERS = 4  # the one to which it writes
+
+    def __init__(self, url: str, profile: Path) -> None:
+        """profile: an empty folder"""
+        commands, self.commands = os.pipe()
+        self.answers, answers = os.pipe()
+
+        def prepare_pipes() -> None:
+            """(child, before exec) Give the pipes the numbers that Chromium expects."""
+            above = 10
+            copies = [fcntl.fcntl(end, fcntl.F_DUPFD, above) for end in (commands, answers)]
+            os.dup2(copies[0], self.COMMANDS)
+            os.dup2(copies[1], self.ANSWERS)
+            for copy in copies:
+                os.close(copy)
+
+        self.process = subprocess.Popen(
+            [self.CHROMIUM, *self.OPTIONS.split(), f"--user-data-dir={profile}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            close_fds=False,
+            preexec_fn=prepare_pipes,
+        )
+        os.close(commands)
+        os.close(answers)
+        self.buffer = b""
+        self.numbers = itertools.count()
+        self.errors: list[Any] = []  # what the console shows
+        self.session: dict[str, Any] = {}  # which page the commands are for
+        page = self.command("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.command("Target.attachToTarget", targetId=page, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
+        for domain in "Runtime", "Log", "Network":
+            self.command(f"{domain}.enable")
+        self.command("Page.navigate", url=url)
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End Chromium and all its processes."""
+        os.killpg(self.process.pid, SIGKILL)
+        self.process.wait(DEADLINE)
+        os.close(self.commands)
+        os.close(self.answers)
+
+    def command(self, method: str, **parameters: object) -> Any:
+        """Give a command and return its result."""
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": parameters, **self.session}
+        os.write(self.commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.message()
+            if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.errors.append(answer["params"])
+            if answer.get("id") == number:
+                return answer["result"]
+
+    def message(self) -> Any:
+        """Return the next message."""
+        while b"\0" not in self.buffer:
+            assert select.select([self.answers], [], [], DEADLINE)[0], "Chromium is silent"
+            data = os.read(self.answers, 65536)
+            assert data, "Chromium has ended"
+            self.buffer += data
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def run(self, script: str) -> Any:
+        """Run JavaScript in the page and return its value."""
+        evaluated = self.command("Runtime.evaluate", expression=script, returnByValue=True)
+        return evaluated["result"].get("value")
+
+    def shows(self, pattern: str, times: int = 1) -> bool:
+        """Is the pattern found so many times in the text that one sees?"""
+        text = self.run("document.body ? document.body.innerText : ''")
+        return len(re.findall(pattern, text)) == times
+
+    def be_offline(self, offline: bool) -> None:
+        """Let all requests of the page fail, or let them pass again."""
+        unlimited = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.command("Network.emulateNetworkConditions", offline=offline, **unlimited)
+
+
+# Which requests has the page ever shown?
+NOTE_ALL_BARS = """
+seen = new Set()
+setInterval(() => document.querySelectorAll(".requests li span:first-child")
+  .forEach(bar => seen.add(bar.textContent)), 50)
+"""
+
+
+@beyond_core
+@pytest.mark.skipif(not Browser.CHROMIUM, reason="there is no Chromium")
+def test_operator_page_shows_the_reload_in_a_browser(serve, folder):
+    """Three presses are three requests. They are seen in flight, in both generations, and answered.
+
+    What was selected before stays selected. When nobody answers, the page says so and waits.
+    """
+    demo = Server.STATUS.replace("app:factory", "hupserve:demo_app")
+    server = serve(demo)
+    with Browser(f"http://127.0.0.1:{server.port}/", folder / "profile") as page:
+        until(lambda: page.shows(f"Master, pid {server.pid}"))
+        assert page.shows("generation 1 serves with 2 workers")
+        assert page.shows(f"kill -HUP {server.pid}")
+        page.run("getSelection().selectAllChildren(document.querySelector('#pid'))")
+        page.run(NOTE_ALL_BARS)
+        page.run("document.querySelector('#hold').value = 5")  # seconds
+        for _ in range(3):
+            page.run("document.querySelector('#hold').click()")
+        until(lambda: page.shows("GET /slow from 127.0.0.1", times=3))
+
+        server.reload(demo.replace("hello", "<b>servus</b>"))
+        until(lambda: page.shows("(?s)Generation 1.*draining.*Generation 2.*serving"))
+        until(lambda: page.shows("<b>servus</b>"))
+        assert page.shows("GET /slow from 127.0.0.1", times=3)
+        until(lambda: page.shows(r"hello, after 5 s, still from pid \d+ of generation 1", times=3))
+        until(lambda: page.shows("Generation 1", times=0))
+        server.reload_fails("reload refused", workrs=3)
+        until(lambda: page.shows("reload refused: .*did you mean workers"))
+        assert page.run("getSelection().toString()") == str(server.pid)
+        assert page.run("[...seen].join()") == "GET /slow from 127.0.0.1", "nothing of its own"
+        assert page.errors == []
+
+        page.be_offline(True)
+        until(lambda: page.shows("Nobody answers"))
+        assert page.shows("Generation 2"), "the last picture"
+        page.be_offline(False)
+        until(lambda: page.shows("Nobody answers", times=0))
+
+
+@beyond_core
 def test_operator_the_example_runs_as_it_is(serve, folder):
     """Only its address is another here."""
     example = HUPSERVE.with_name("example.ini").read_text()
@@ -4216,14 +4437,14 @@ def test_operator_the_example_runs_as_it_is(serve, folder):
     server.ini.write_text(example)
     server.signal()
     server.wait_log("generation 2 serves")
-    page = server.get("/", "Accept: text/html").body
-    assert b"hello" in page
+    assert server.get("/?format=json").json["greeting"] == "hello"
     assert server.get("/slow?seconds=1").status == 200
     server.ini.write_text(re.sub(r"(?m)^greeting *=.*", "greeting = <b>good day</b>", example))
     server.reload()
-    page = server.get("/", "Accept: text/html").body
-    assert b"&lt;b&gt;good day" in page
-    assert b"<b>good day" not in page
+    assert server.get("/?format=json").json["greeting"] == "<b>good day</b>"
+    page = server.get("/", "Accept: text/html")
+    assert page.headers["content-type"].startswith("text/html")
+    assert b"good day" not in page.body, "no text of another's is put into markup"
 
 
 COMPOSITE = """
