@@ -801,6 +801,7 @@ class WorkerLife:
     """
 
     life = BOOTING
+    has_begun = False  # it has said that it serves
     why = ""  # it is leaving
     now = 0.0  # time.monotonic() at the last wake-up
     explain_at = FOREVER  # when a draining worker says next what it waits for
@@ -851,6 +852,12 @@ class WorkerLife:
             log.info("%s again: asking the master to drain at once", why)
             self.line.say("hurry")
 
+    def say_that_it_serves(self) -> None:
+        """The master waits for this word before it lets a predecessor go."""
+        if self.life == SERVING and not self.has_begun:
+            self.has_begun = True
+            self.line.say("serving")
+
     def on_line(self) -> None:
         """The master has said something, or it is gone: that is the end of the line."""
         self.hear()
@@ -865,7 +872,6 @@ class WorkerLife:
         for word, *arguments in self.line.hear():
             if word == "go":
                 self.enter(SERVING)
-                self.line.say("serving")
             elif word == "drain":
                 dropped, grace = arguments
                 self.drain(dropped, grace)
@@ -1114,10 +1120,9 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.fork_guard = ForkGuard(self)
 
     def enter(self, life: Life) -> None:
-        """A new state is shown at once: a successor that serves, before its predecessor drains."""
+        """A new state is shown in this round, not when REPORT_PAUSE is over."""
         super().enter(life)
         self.report_at = 0.0
-        self.report()
 
     # One round
     def run(self) -> None:
@@ -1661,6 +1666,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.reported = facts
             self.report_at = self.now + REPORT_PAUSE
             scoreboard.write(self.slot, facts)
+            self.say_that_it_serves()  # after it is seen to, so nobody sees fewer than configured
 
     def oldest_requests(self, count: int) -> list[dict[str, Any]]:
         """-> the oldest requests in flight, without their queries, which hold secrets."""
