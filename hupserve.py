@@ -993,13 +993,15 @@ class State(enum.IntEnum):
 
 NEW, IDLE, READING, RECEIVING, WAITING, IN_FLIGHT, CLOSING = State
 
-HEAD_START = 0.001  # seconds in which a thread that was woken gets the interpreter's lock
-PAUSE = 0.5  # seconds until the next try when the system has no more to give
+HEAD_START = 0.001  # seconds that the main thread leaves the interpreter's lock to others
+RETRY_PAUSE = 0.5  # seconds until the next try when the system has no more to give
 JUST_BUSY = 0.5  # seconds: a connection that was busy so recently is not closed to make room
-POLITE_PAUSE = 0.001  # seconds in which a worker that has fewer connections takes the newcomer
+POLITE_PAUSE = 0.001  # seconds to step back, so that a worker with fewer connections can accept
 FULL_PAUSE = 0.1  # seconds between two looks of a full worker whether it can make room
-FAIR_DIFFERENCE = 3  # connections that a worker may have more than another: fewer is no burden
-ACCEPT_SHARE = 4  # of its free threads a worker fills a fourth at once, the others get their share
+FAIR_DIFFERENCE = 3  # connections: having so many more than another worker does not count
+ACCEPT_SHARE = (
+    4  # a worker accepts for a quarter of its free threads at a time: others get the rest
+)
 LINGER = 30.0  # seconds in which the input of a closing connection is discarded, at most
 LINGER_AFTER_INT = 2.0  # seconds: the same when somebody has pressed Ctrl-C
 LINGER_LOOK = 1.0  # seconds between two looks at what closing connections do
@@ -1008,13 +1010,13 @@ LONGEST_SLEEP = 3600.0  # seconds; epoll takes no infinity
 REPORT_PAUSE = 0.02  # seconds between two entries in the scoreboard
 SHOWN_REQUESTS = 8  # of those in flight, in the scoreboard
 SHOWN_PATH = 60  # characters of a path, or a method, there
-PIECE = 16384  # bytes read at once; with more, each chunk taken off a buffer would copy more
+PIECE = 16384  # bytes read at once; the larger a buffer, the more is copied when some is cut off
 
 NO_DATA_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class Connection:
-    """A client's connection: data only. Its owner (rule 1) alone reads and writes it."""
+    """A client's connection. Its owner (rule 1) alone touches the socket, buffer and request."""
 
     state = NEW
     since = 0.0  # when it came to this state, in time.monotonic() seconds
@@ -1072,8 +1074,8 @@ class Connection:
 class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     """A worker, Part I, as a server. What socketserver calls a request is a Connection here.
 
-    Request threads read its attributes `config`, `application` and `life`; everything else belongs
-    to the main thread, but for the two deques.
+    Request threads read `config`, `application` and `life`; the two deques, the sleepers and the
+    bell are for both; everything else belongs to the main thread.
     """
 
     application: Application  # from run_worker()
@@ -1177,12 +1179,13 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         return events
 
     def leave_interpreter_to_threads(self) -> None:
-        """One thread was woken for all jobs. Let it run until it rings, or may be stuck.
+        """(main thread) One thread was woken for all jobs: give it a head start.
 
-        Then dispatch() wakes another. Where no more threads can be started, waking is of no use.
+        If it has not rung the bell by then it may be stuck, and dispatch() wakes another. While no
+        more threads can be started, there is no use in hurrying.
         """
         no_threads = self.now < self.thread_pause.until
-        is_ready(self.bell, select.POLLIN, PAUSE if no_threads else HEAD_START)
+        is_ready(self.bell, select.POLLIN, RETRY_PAUSE if no_threads else HEAD_START)
 
     def next_deadline(self) -> float:
         """-> when something is due next, in time.monotonic() seconds. Past times do not count."""
@@ -1260,7 +1263,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def shutdown_request(self, connection: Any) -> None:
         """(request thread) Hand the connection back to the main thread.
 
-        The bell is rung once for a batch, when one job is left: waking up takes about as long.
+        Of a batch only the last two ring: the main thread wakes up while the last one runs.
         """
         self.returned.append(connection)
         if len(self.jobs) < 2:
@@ -1312,7 +1315,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         """(main thread) A client is queued. Every worker wakes up for it: leave it to a better one.
 
         To step back for POLITE_PAUSE is enough: the other worker has taken the client by then. A
-        full worker leaves it queued.
+        worker that is full, and has no idle connection to close, leaves it queued.
         """
         if self.open_connections > self.fewest_connections() + FAIR_DIFFERENCE:
             self.pause_accepting(POLITE_PAUSE)
@@ -1323,7 +1326,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def fewest_connections(self) -> float:
         """-> the least number of connections that an accepting worker of this generation has."""
-        return min(filter(None, self.generation.loads), default=FOREVER) - 1
+        accepting = [load - 1 for load in self.generation.loads if load]
+        return min(accepting, default=FOREVER)
 
     def pause_accepting(self, seconds: float) -> None:
         self.polite_until = self.now + seconds
@@ -1353,7 +1357,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         for listener in self.listeners:
             on_listener = functools.partial(self.on_listener, listener)
             self.selector.register(listener, selectors.EVENT_READ, on_listener)
-        for listener in self.listeners:
+        for listener in self.listeners:  # after a pause to be polite, take what is left
             self.accept_some(listener)
 
     def stop_accepting(self) -> None:
@@ -1501,7 +1505,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def close_answered(self, connection: Connection) -> None:
         """(main thread) After the last answer: close at once if the client can send no more."""
         came = len(connection.buffer) or connection.receive()
-        if came or (came is None and connection.must_linger):
+        client_has_ended = came == 0
+        if came or (connection.must_linger and not client_has_ended):
             self.linger(connection)
         else:
             self.close(connection)
@@ -2028,16 +2033,13 @@ class Body(io.RawIOBase):
         return came
 
     def can_be_skipped(self) -> bool:
-        """Has all that the application may leave unread arrived, so that it can be skipped?
-
-        Only a short rest of a body whose length was announced is looked for.
-        """
-        if self.is_chunked:
+        """Is the unread rest of the body here already? Only a short one is looked for."""
+        if self.is_chunked or self.unread > SMALL_BODY:
             return False
-        while len(self.connection.buffer) < self.unread <= SMALL_BODY:
+        while len(self.connection.buffer) < self.unread:
             if not self.connection.receive():
                 return False
-        return len(self.connection.buffer) >= self.unread
+        return True
 
     def skip(self) -> None:
         self.connection.buffer = self.connection.buffer[self.unread :]
@@ -2059,7 +2061,7 @@ def begin_head(
 ) -> ResponseHead:
     """Check what start_response was given (PEP 3333). Raises ValueError, TypeError.
 
-    The present second is an argument because a cached head's Date ends with it.
+    The present second is an argument so that a cached head, with its Date, serves for one second.
     """
     if not STATUS.fullmatch(status):
         raise ValueError(f"{status!r} is no final status")
@@ -2075,7 +2077,8 @@ def begin_head(
         if not re.fullmatch(TOKEN, name) or FORGING.search(value):
             raise ValueError(f"{name!r}: {value!r} could add a header, or a response")
         if lower == "content-length":
-            if not LENGTH.fullmatch(value) or length not in (None, int(value)):
+            is_length = LENGTH.fullmatch(value)
+            if not is_length or (length is not None and length != int(value)):
                 raise ValueError(f"invalid Content-Length {value!r}")
             length = int(value)
         elif lower == "connection":
@@ -2143,7 +2146,7 @@ class Exchange:
             log_access(connection, self.status[:3], self.sent)
 
     def client_may_be_sending(self) -> bool:
-        """Would a close be risky? It is not if the client asked for it and sent its whole request.
+        """Must it linger? Not if the client asked for the close and has sent its whole request.
 
         A long response may still be in the kernel's buffer, where a reset would destroy it.
         """
@@ -2237,22 +2240,24 @@ class Exchange:
         return b""
 
     def may_keep(self) -> bool:
-        """Can another request follow on this connection?
-
-        In a drain, only one that has arrived already. That is looked for once per connection: a
-        client that always has sent more would never let the worker go.
-        """
+        """Can another request follow on this connection? In a drain, only one that has arrived."""
         if self.body and not self.body.can_be_skipped():
             return False
-        if not self.worker.drains():
-            return True
+        return not self.worker.drains() or self.next_request_has_come()
+
+    def next_request_has_come(self) -> bool:
+        """Is there input behind this request? The socket is read for it once per connection.
+
+        A client that always has sent more would never let the worker go.
+        """
         connection = self.connection
-        first_look = not connection.looked_ahead
-        connection.looked_ahead = True
         unread = self.body.unread if self.body else 0
         if len(connection.buffer) > unread:
             return True
-        return first_look and bool(connection.receive())
+        if connection.looked_ahead:
+            return False
+        connection.looked_ahead = True
+        return bool(connection.receive())
 
     def send_piece(self, data: bytes, is_whole: bool = False) -> None:
         """Send a piece of the body, the head before the first. It is PEP 3333's write(), too."""
@@ -2274,7 +2279,7 @@ class Exchange:
     def send(self, data: bytes) -> None:
         """Send all of it. Raises Refusal if the client is gone or too slow."""
         rest: bytes | memoryview = data
-        if len(data) > PIECE:  # what is left of less is copied, and that is mostly nothing
+        if len(data) > PIECE:  # a shorter rest is simply copied; mostly nothing is left
             rest = memoryview(data)
         while rest:
             try:
@@ -2320,7 +2325,8 @@ class Exchange:
                     break
                 self.sent += count
                 self.unsent -= count
-        return self.sent > 0 or not self.unsent
+        must_be_read = self.sent == 0 and self.unsent
+        return not must_be_read
 
     @contextlib.contextmanager
     def short_queue(self) -> Iterator[None]:
@@ -2435,8 +2441,8 @@ class Pause:
     def begin(self, now: float, error: BaseException) -> None:
         if not self.until:
             message = "cannot %s: %s; trying again every %g s"
-            log.error(message, self.what, reason_of(error), PAUSE)
-        self.until = now + PAUSE
+            log.error(message, self.what, reason_of(error), RETRY_PAUSE)
+        self.until = now + RETRY_PAUSE
 
     def end(self) -> None:
         self.until = 0.0
