@@ -3817,10 +3817,10 @@ def test_operator_status_of_what_is_in_flight_while_nothing_changes(serve):
 
     def held():
         [worker] = server.status()
-        assert worker["state"] == "serving"
         return [request for request in worker["requests"] if request["path"] != "/status"]
 
     until(lambda: len(held()) == 8)
+    assert [worker["state"] for worker in server.status()] == ["serving"]
     found = held()
     assert {request["client"] for request in found} == {"127.0.0.1"}
     assert {request["method"][:3] for request in found} == {"GET", "GGG"}
