@@ -3779,9 +3779,8 @@ def test_operator_status_tells_of_the_master_and_its_last_reload(serve):
     server.signal()
     loading = outcome("^loading generation 2 with 2 workers$")
     assert loading["state"] == "reloading"
-    until(lambda: len(server.status()) == 4)
-    states = [worker["state"] for worker in server.status()]
-    assert states == ["serving", "serving", "booting", "booting"]
+    states = ["serving", "serving", "booting", "booting"]
+    until(lambda: [worker["state"] for worker in server.status()] == states)
     server.remove("gate")
     outcome("^generation 2 serves with 2 workers$")
 
