@@ -368,7 +368,10 @@ class Master:
         """-> when something comes due without a signal or a word, in time.monotonic() seconds."""
         due = [self.ask_at(), *(child.deadline() for child in self.children.values())]
         is_reloading = self.sighup_waits or self.upcoming
-        if is_reloading or any(child.life < SERVING for child in self.current.children):
+        # In a stop the next round drains a worker that this one has sent to work.
+        must_still_drain = self.stopping and self.current.listeners
+        is_coming_up = any(child.life < SERVING for child in self.current.children)
+        if is_reloading or must_still_drain or is_coming_up:
             due.append(self.now + TICK)
         return min(due)
 

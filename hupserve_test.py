@@ -29,7 +29,10 @@ import collections
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
+import heapq
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -51,10 +54,12 @@ import tempfile
 import termios
 import threading
 import time
+import traceback
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from signal import SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGSTOP, SIGTERM, SIGUSR1
-from typing import Any, Callable, NamedTuple, TypeVar, Union
+from signal import SIGABRT, SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGSTOP, SIGTERM, SIGUSR1
+from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 
 import pytest
 
@@ -2544,6 +2549,1397 @@ def long_drain(request):
         held = server.hold("held")
         server.reload()
         yield server, held
+
+
+# ==== the simulated world =========================================================================
+#
+# Here alone something is replaced: the system under the master. The real Master, Child, Generation
+# and Line run in a world of one thread, one clock and one random seed, as FoundationDB and
+# TigerBeetle are tested. In it workers load, fail, hang, die, ask to leave and drain at random
+# moments. Signals come at any stage. The configuration changes, for good or ill. Forks and binds
+# fail. A history is what happens in one such world from the start of the master to its end. It is
+# the same each time, by its seed. After every step of the master the world looks at what is.
+
+HISTORIES = int(os.environ.get("HUPSERVE_HISTORIES", "2000"))
+LONGEST_TRACE = 400  # of a history's last steps are printed if it is violated
+NEVER = float("inf")
+SIM_MASTER = 1000  # the pid of the master
+SIM_STRANGER = 999  # a process that process 1 inherits, and reaps
+SIM_TICK = 0.1  # seconds: with 0.02 most of the time would go by in looks at nothing new
+SIM_LATE = 1.0  # seconds that the master's and a worker's loop may be late together
+SIM_STALL = 6.0  # seconds at most in which a worker does nothing, and does not hang yet
+SIM_QUIET = 300.0  # seconds in which all that has begun must have come to its end
+SIM_FORCE = 15.0  # seconds in which a second stop must have ended everything
+SIM_SPIN = 200  # wake-ups in a row without anything that has changed
+SIM_BUFFER = 200_000  # bytes that wait unread in a line
+SIM_PORTS = (8001, 8002, 8003)
+
+
+class Violation(AssertionError):
+    """A promise is broken in a history. The text has its seed and its steps."""
+
+
+class SimSocket:
+    """A bound socket in the kernel, of which several processes may hold a copy."""
+
+    def __init__(self, bind: Any):
+        self.bind = bind
+        self.copies = 0
+        self.is_listening = False
+        self.queued = 0  # clients that have not been accepted
+
+
+class SimListener:
+    """The master's copy of a listening socket: what its code sees as a Listener."""
+
+    file = None  # it is no unix socket
+
+    def __init__(self, world: World, sock: SimSocket):
+        self.world = world
+        self.sock = sock
+        self.is_open = True
+        sock.copies += 1
+        world.open_listeners.add(self)
+
+    def refuse_if_replaced(self) -> None:
+        pass
+
+    def set_file_mode(self, mode: object) -> None:
+        pass
+
+    def listen(self, backlog: int) -> None:
+        self.world.interrupt()
+        rival = self.world.bound(self.sock.bind)
+        if self.world.takes_fault("listen") or (rival and rival is not self.sock):
+            self.world.note("listen fails", self.sock.bind)
+            raise OSError(98, "Address already in use")
+        self.world.note("listens", self.sock.bind)
+        self.sock.is_listening = True
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.world.open_listeners.discard(self)
+            self.world.note("master closes", self.sock.bind)
+            self.world.look_at_close(self.sock)
+            self.world.drop_copy(self.sock)
+
+
+class SimEnd:
+    """One end of a line. Linux gives what was sent, then a reset if the peer left input unread."""
+
+    peer: SimEnd
+    worker: SimWorker | None = None  # it holds this end, the master the other
+
+    def __init__(self, world: World):
+        self.world = world
+        self.inbox = b""
+        self.copies = 1  # in the master and, after a fork, in the worker
+        self.is_reset = False
+
+    def setblocking(self, flag: bool) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return 0
+
+    def is_readable(self) -> bool:
+        return bool(self.inbox) or self.is_reset or not self.peer.copies
+
+    def recv(self, size: int) -> bytes:
+        if self.inbox:
+            data, self.inbox = self.inbox[:size], self.inbox[size:]
+            return data
+        if self.is_reset:
+            self.is_reset = False
+            raise ConnectionResetError
+        if self.peer.copies:
+            raise BlockingIOError
+        return b""
+
+    def sendall(self, data: bytes) -> None:
+        """The master says something: the world looks at it, and the worker will read it."""
+        if not self.copies:
+            raise OSError(9, "Bad file descriptor")
+        worker = self.peer.worker
+        if worker:
+            self.world.interrupt()
+            self.world.look_at_words(worker, json.loads(data))
+        if not self.peer.copies:
+            raise BrokenPipeError
+        if len(self.peer.inbox) > SIM_BUFFER:
+            raise BlockingIOError
+        self.peer.inbox += data
+        if worker:
+            self.world.after(self.world.small_delay(), worker.read, worker)
+
+    def close(self) -> None:
+        self.copies -= 1
+        if not self.copies and self.inbox:
+            self.inbox = b""
+            self.peer.is_reset = True
+
+
+class SimWorker:
+    """A worker as the world has it. Its side of the protocol is told once more, in small."""
+
+    place: Any = None  # the Child in whose place it is
+    life = "loading"  # then ready, serving, draining, exiting, dead
+    hangs = False
+    stalled_until = 0.0  # SIGSTOP, then SIGCONT
+    status: int | None = None  # wait status, once it is dead
+    is_reaped = False
+    has_said_ready = False
+    has_hurried = False
+    why = ""  # it asks to leave
+    is_being_replaced = False
+    was_told_go = False
+    served_at = NEVER  # when it was told to go
+    told_go_in = -1  # in which turn of the master
+    told_at = NEVER  # when it was ordered to drain
+    exiting_at = NEVER
+    was_signalled = False  # the SIGHUP after the order
+    was_aborted = False
+    was_killed = False
+
+    def __init__(self, world: World, pid: int, end: SimEnd, place: Any):
+        self.world = world
+        self.pid = pid
+        self.end = end
+        self.place = place
+        self.generation = place.generation
+        self.key = (place.generation.number, place.number)
+        self.forked_at = world.now
+        self.orders: list[float] = []  # the grace of each order to drain
+        self.sockets: list[tuple[str, SimSocket]] = []
+        for address, listeners in self.generation.listeners.items():
+            for listener in listeners:
+                listener.sock.copies += 1
+                self.sockets.append((address, listener.sock))
+        end.worker = self
+        end.copies += 1
+
+    def __str__(self) -> str:
+        return f"worker {self.place.number} of {self.generation.number} (pid {self.pid})"
+
+    def is_alive(self) -> bool:
+        return self.status is None
+
+    def may_accept(self) -> bool:
+        """Has the master told it to serve, and not to drain, as far as the master can know?"""
+        return self.was_told_go and not self.orders and not self.is_reaped
+
+    def may_become_useful(self) -> bool:
+        """Does it come up, without anything against it?"""
+        begins = self.life in ("loading", "ready") and not self.was_told_go
+        return begins and not self.orders and not self.was_killed and not self.was_aborted
+
+    def say(self, *words: object) -> None:
+        self.world.note(self, "says", words)
+        if self.end.peer.copies:
+            self.end.peer.inbox += json.dumps(words).encode() + b"\n"
+
+    def boot(self, fate: str) -> None:
+        if fate == "ready":
+            self.life = "ready"
+            self.has_said_ready = True
+            self.say("ready")
+            self.world.after(0, self.read, self)
+        elif fate == "fails":
+            self.say("failed", 1, "it cannot load")
+            self.die(1 << 8)
+        elif fate == "dies":
+            self.die(signal.SIGSEGV)
+
+    def read(self) -> None:
+        """Act on the master's words. While it loads it does not look."""
+        if self.life == "loading":
+            return
+        data, self.end.inbox = self.end.inbox, b""
+        for line in data.splitlines():
+            word, *arguments = json.loads(line)
+            if word == "go":
+                self.life = "serving"
+                self.accept()
+            elif word == "drain" and self.life in ("ready", "serving"):
+                self.drain(arguments[0])
+
+    def accept(self) -> None:
+        if self.life == "serving":
+            for _, sock in self.sockets:
+                sock.queued = 0
+
+    def drain(self, dropped: list[str]) -> None:
+        for address, sock in self.sockets:
+            if self.life == "serving" and address in dropped:
+                sock.queued = 0
+        self.life = "draining"
+        self.close_listeners()
+        slow = self.world.has("slow requests") and self.world.chance(0.2)
+        seconds = self.world.random.uniform(0, 40 if slow else 1)
+        limit = self.generation.config.drain_timeout
+        self.world.after(min(seconds, limit or NEVER), self.finish, self)
+
+    def finish(self) -> None:
+        self.life = "exiting"
+        self.exiting_at = self.world.now
+        self.say("exiting")
+        if self.world.has("hanging") and not self.world.is_calm and self.world.chance(0.05):
+            self.hang()
+        else:
+            self.world.after(self.world.small_delay(), functools.partial(self.die, 0), self)
+
+    def ask_to_leave(self, why: str) -> None:
+        """A SIGTERM, or max_requests: the worker's half of WorkerLife.ask_to_leave()."""
+        if self.life != "serving":
+            return
+        if not self.why or (self.why == "max_requests" != why):
+            self.why = why
+            self.say("leaving", why)
+        elif why != "max_requests":
+            self.has_hurried = True
+            self.say("hurry")
+
+    def hang(self) -> None:
+        self.world.note(self, "hangs")
+        self.world.excuse(self)
+        self.hangs = True
+
+    def die(self, status: int) -> None:
+        """The kernel closes its descriptors first; then the master's wait finds it."""
+        if self.life == "dead":
+            return
+        self.world.note(self, "dies, wait status", status)
+        if self.life in ("loading", "ready", "serving"):
+            self.world.excuse(self)
+        self.life = "dead"
+        self.end.close()
+        self.close_listeners()
+        late = self.world.small_delay() if self.world.chance(0.2) else 0
+        self.world.after(late, functools.partial(self.become_zombie, status))
+
+    def become_zombie(self, status: int) -> None:
+        self.status = status
+        self.world.zombies.append(self)
+        self.world.ring(signal.SIGCHLD)
+
+    def close_listeners(self) -> None:
+        for _, sock in self.sockets:
+            self.world.drop_copy(sock)
+        self.sockets = []
+
+
+class SimBell:
+    """What the master hears of signals."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.received: list[int] = []
+        world.bell = self
+
+    def handle(self, *signals: int) -> None:
+        pass
+
+    def fileno(self) -> int:
+        return 0
+
+    def take_signals(self) -> list[int]:
+        received, self.received = self.received, []
+        for number in received:
+            if number == SIGHUP and not self.world.has_stopped:
+                self.world.hups_taken += 1
+            elif number in (SIGTERM, SIGQUIT, SIGINT):
+                self.world.take_stop()
+        return received
+
+
+class SimPoll:
+    """select.poll(). It is the only place where the master waits; there the world moves."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self.lines: list[Any] = []
+
+    def register(self, source: Any, event: int) -> None:
+        if source is not self.world.bell:
+            self.lines.append(source)
+
+    def poll(self, timeout: float | None) -> list[object]:
+        until_then = NEVER if timeout is None else self.world.now + timeout / 1000
+        self.world.sleep(self.lines, until_then)
+        return []
+
+
+class World:
+    """One history: everything outside of the master, and the promises."""
+
+    # What may happen in a history, and how often compared to the others.
+    master: Any
+    bell: SimBell
+
+    HAPPENINGS = {
+        "hup": 8,
+        "many hups": 2,
+        "stop": 1,
+        "edit": 8,
+        "mistake": 3,
+        "broken code": 2,
+        "mended code": 3,
+        "worker asked to leave": 5,
+        "worker has answered max_requests": 4,
+        "worker dies": 5,
+        "worker hangs": 2,
+        "worker stalls": 2,
+        "group signal": 1,
+        "fault": 4,
+        "client": 10,
+        "machine sleeps": 1,
+        "noise": 1,
+    }
+
+    def __init__(self, simulation: Simulation, seed: int):
+        self.simulation = simulation
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.now = 1000.0
+        self.woke_at = self.now
+        self.turn = 0
+        self.trace: collections.deque[tuple[object, ...]] = collections.deque(maxlen=LONGEST_TRACE)
+        self.steps = itertools.count()
+        self.events: list[tuple[float, int, Callable[[], None], SimWorker | None]] = []
+        self.next_pid = SIM_MASTER
+        self.workers: list[SimWorker] = []  # not reaped yet
+        self.zombies: list[SimWorker] = []
+        self.orphans = 0
+        self.last_end: SimEnd | None = None  # of the last socketpair
+        self.sockets: list[SimSocket] = []  # some process holds a copy
+        self.open_listeners: set[SimListener] = set()
+        # Of each place: its deaths in a row; from when on a fork is due, if one is; and 0 if the
+        # last life was about as long as STEADY, so that the number is not certain.
+        self.places: dict[tuple[int, int], list[float]]
+        self.places = collections.defaultdict(lambda: [0, 0, 1])
+        self.faults: dict[str, float] = {}  # until when
+        self.last_fork_failure = -NEVER
+        self.last_sleep = -NEVER
+        self.is_mask_blocked = False
+        self.code_is_broken = False
+        self.is_calm = False
+        self.is_changed = False  # a last reload was ordered
+        self.ends_at = NEVER
+        self.excused = False  # a worker died or hung: clients may have been lost with it
+        self.has_stopped = False
+        self.is_forced = False
+        self.hups_taken = 0
+        self.hups_answered = 0
+        self.is_reloading = False
+        self.must_say_stopping = 0  # times
+        self.said_stopping = 0
+        self.wakeups = 0
+        # Each history has its own selection, so that some are calm and some are full of one kind.
+        names = sorted(self.HAPPENINGS)
+        self.selection = {name for name in names if self.chance(0.6)}
+        self.features = {
+            name
+            for name in ("slow requests", "hanging", "failing", "interrupts")
+            if self.chance(0.5)
+        }
+        self.weights = [self.HAPPENINGS[name] * (name in self.selection) for name in names]
+        self.names = names
+        self.pidfiles: set[str] = set()
+        self.config = self.any_config()
+        self.log_file = self.config.log_file
+        self.disk: Any = self.config  # what the ini says; None: it has a mistake
+        self.adopted: dict[Any, SimListener] = {}
+        if self.chance(0.1):
+            self.adopt(self.bind_of(SIM_PORTS[0]))
+        if self.chance(0.03):
+            self.config = self.config._replace(listen={}, workers=1, pidfile="")
+
+    # Chance
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def small_delay(self) -> float:
+        """Return the seconds that a process needs to come round to something."""
+        return self.random.choice((0.0, 0.0001, 0.003, 0.05, 0.3)) * self.random.random()
+
+    def has(self, feature: str) -> bool:
+        return feature in self.features
+
+    def any_config(self) -> Any:
+        pick = self.random.choice
+        ports = [port for port in SIM_PORTS if self.chance(0.6)] or [SIM_PORTS[0]]
+        return self.simulation.config._replace(
+            listen={f"127.0.0.1:{port}": (self.bind_of(port),) for port in ports},
+            workers=pick((1, 2, 2, 3)),
+            pidfile=pick(("", "/a.pid", "/b.pid")),
+            log_file=pick(("-", "/a.log", "/b.log")),
+            hang_timeout=pick((0, 20, 60)),
+            boot_timeout=pick((1, 3)),
+            drain_timeout=pick((0, 0, 5)),
+            idle_grace=pick((0, 5)),
+            backlog=next(self.steps) + 1,  # it tells the readings apart
+        )
+
+    @staticmethod
+    def bind_of(port: int) -> tuple[int, tuple[str, int]]:
+        return socket.AF_INET, ("127.0.0.1", port)
+
+    def adopt(self, bind: Any) -> None:
+        sock = SimSocket(bind)
+        sock.is_listening = True
+        self.sockets.append(sock)
+        self.adopted[bind] = SimListener(self, sock)
+
+    # Time
+    def after(
+        self, seconds: float, action: Callable[[], None], worker: SimWorker | None = None
+    ) -> None:
+        """Let something happen later; if it is a worker's, then only if it can still act."""
+        heapq.heappush(self.events, (self.now + seconds, next(self.steps), action, worker))
+
+    def happen(self) -> None:
+        """Let the next event happen."""
+        when, _, action, worker = heapq.heappop(self.events)
+        self.now = max(self.now, when)
+        if worker is None:
+            action()
+        elif worker.life == "dead" or worker.hangs:
+            pass
+        elif worker.stalled_until > self.now:
+            self.after(worker.stalled_until - self.now, action, worker)
+        else:
+            action()
+
+    def interrupt(self) -> None:
+        """Between two system calls of the master the world may move, too."""
+        if self.has("interrupts") and self.chance(0.1):
+            self.pass_time(self.small_delay())
+
+    def pass_time(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.events and self.events[0][0] <= end:
+            self.happen()
+        self.now = max(self.now, end)
+
+    def sleep(self, lines: list[Any], until_then: float) -> None:
+        """The master waits. Look at what it has done, then go on to its next wake-up."""
+        self.look_around()
+        count = len(self.events)
+        began = self.now
+        while not (self.bell.received or any(line.sock.is_readable() for line in lines)):
+            if not self.events or self.events[0][0] > until_then:
+                self.look_at_the_end()
+                if self.bell.received or (self.events and self.events[0][0] <= until_then):
+                    continue
+                if until_then == NEVER and not self.helps_itself():
+                    self.violated(f"the master sleeps for ever, and {self.what_is_missing()}")
+                if until_then == NEVER:
+                    break
+                self.now = max(self.now, until_then)
+                break
+            self.happen()
+        if self.chance(0.2):  # the machine is busy
+            self.pass_time(self.small_delay())
+        moved = self.now > began or len(self.events) != count
+        self.wakeups = 0 if moved else self.wakeups + 1
+        if self.wakeups > SIM_SPIN:
+            self.violated("the master spins")
+        self.woke_at = self.now
+        self.turn += 1
+
+    # What happens
+    def plan(self) -> None:
+        when = 0.0
+        for _ in range(self.random.randrange(2, 16)):
+            when += self.random.choice((0, 0.01, 0.3, 0.3, 2, 12)) * self.random.random()
+            if any(self.weights):
+                (name,) = self.random.choices(self.names, self.weights)
+                self.after(when, functools.partial(self.let, name))
+        self.after(when + self.random.random(), self.become_calm)
+
+    def let(self, name: str) -> None:
+        self.note("----", name)
+        getattr(self, "let_" + re.sub(r"\W+", "_", name))()
+
+    def let_hup(self) -> None:
+        self.ring(SIGHUP)
+
+    def let_many_hups(self) -> None:
+        for _ in range(self.random.randrange(2, 30)):
+            self.after(self.small_delay(), self.let_hup)
+
+    def let_stop(self) -> None:
+        self.ring(self.random.choice((SIGTERM, SIGTERM, SIGQUIT, SIGINT)))
+        if self.chance(0.3):
+            self.after(self.small_delay(), self.let_stop)
+
+    def let_edit(self) -> None:
+        self.disk = self.any_config()
+        if self.chance(0.7):
+            self.ring(SIGHUP)
+
+    def let_mistake(self) -> None:
+        self.disk = None
+        if self.chance(0.7):
+            self.ring(SIGHUP)
+
+    def let_broken_code(self) -> None:
+        self.code_is_broken = True
+
+    def let_mended_code(self) -> None:
+        self.code_is_broken = False
+
+    def any_worker(self) -> list[SimWorker]:
+        """Return a worker that acts, if there is one."""
+        acting = [each for each in self.workers if each.life != "dead" and not each.hangs]
+        return [self.random.choice(acting)] if acting else []
+
+    def let_worker_asked_to_leave(self) -> None:
+        for worker in self.any_worker():
+            worker.ask_to_leave("SIGTERM")
+            if self.chance(0.3):
+                again = functools.partial(worker.ask_to_leave, "SIGTERM")
+                self.after(self.small_delay(), again, worker)
+
+    def let_worker_has_answered_max_requests(self) -> None:
+        for worker in list(self.workers):
+            if self.chance(0.7) and not worker.hangs:
+                worker.ask_to_leave("max_requests")
+
+    def let_worker_dies(self) -> None:
+        for worker in self.any_worker():
+            worker.die(self.random.choice((1 << 8, 0, SIGKILL, signal.SIGSEGV)))
+
+    def let_worker_hangs(self) -> None:
+        for worker in self.any_worker():
+            worker.hang()
+
+    def let_worker_stalls(self) -> None:
+        for worker in self.any_worker():
+            worker.stalled_until = self.now + self.random.uniform(0, SIM_STALL)
+
+    def let_group_signal(self) -> None:
+        number = self.random.choice((SIGHUP, SIGTERM))
+        self.ring(number)
+        if number == SIGTERM:
+            for worker in list(self.workers):
+                if not worker.hangs:
+                    ask = functools.partial(worker.ask_to_leave, "SIGTERM")
+                    self.after(self.small_delay(), ask, worker)
+
+    def let_fault(self) -> None:
+        name = self.random.choice(("fork", "fork", "bind", "listen", "logs", "pidfile"))
+        self.faults[name] = self.now + self.random.uniform(0, 3)
+
+    def let_client(self) -> None:
+        """A client connects to an address that is served."""
+        current = self.master.current
+        for address in current.listeners:
+            (bind,) = current.config.listen[address]
+            sock = self.bound(bind)
+            if sock:
+                sock.queued += 1
+                for worker in self.workers:
+                    self.after(self.small_delay(), worker.accept, worker)
+            else:
+                self.expect(self.has_stopped, "a client is refused at", address)
+
+    def let_machine_sleeps(self) -> None:
+        """Everything stands still. Afterwards the master may be the first that runs again."""
+        seconds = self.random.uniform(1, 200)
+        self.now += seconds
+        self.ends_at += seconds
+        self.last_sleep = self.now
+        for worker in self.workers:
+            worker.stalled_until = max(worker.stalled_until, self.now + self.small_delay())
+        self.ring(signal.SIGCHLD)
+
+    def let_noise(self) -> None:
+        self.orphans += 1
+        self.ring(SIGUSR1)
+
+    def ring(self, number: int) -> None:
+        self.note("signal", number)
+        self.bell.received.append(number)
+
+    def take_stop(self) -> None:
+        """The master learns of a stop."""
+        if self.has_stopped or self.master.stopping:
+            self.is_forced = True
+            self.ends_at = self.now + SIM_FORCE
+        else:
+            self.must_say_stopping = 1
+            self.ends_at = self.now + SIM_QUIET
+        self.has_stopped = True
+
+    def takes_fault(self, name: str) -> bool:
+        return self.now < self.faults.get(name, 0) and self.chance(0.7)
+
+    def become_calm(self) -> None:
+        """From now on nothing new goes wrong. In the end the master is stopped."""
+        self.note("---- calm")
+        self.is_calm = True
+        self.code_is_broken = False
+        self.faults.clear()
+        self.disk = self.disk or self.config
+        if self.ends_at == NEVER:
+            self.ends_at = self.now + SIM_QUIET
+
+    # The system calls
+    def fork(self) -> int:
+        self.interrupt()
+        self.expect(self.is_mask_blocked, "a fork without blocked signals")
+        place = self.simulation.spawning
+        assert self.last_end
+        if self.takes_fault("fork"):
+            self.note("fork fails")
+            self.last_fork_failure = self.now
+            self.excused = True
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        self.look_at_fork(place)
+        self.next_pid += 1
+        worker = SimWorker(self, self.next_pid, self.last_end, place)
+        self.workers.append(worker)
+        self.note("fork:", worker)
+        fate = "ready"
+        if not self.is_calm and self.code_is_broken:
+            fate = "fails"
+        elif not self.is_calm and self.has("failing"):
+            fates = ("ready", "ready", "ready", "ready", "fails", "dies", "hangs")
+            fate = self.random.choice(fates)
+        if fate == "hangs":
+            worker.hangs = True
+        else:
+            seconds = self.random.choice((0.01, 0.2, 0.9)) * self.random.random()
+            self.after(seconds, functools.partial(worker.boot, fate), worker)
+        return worker.pid
+
+    def kill(self, pid: int, number: int) -> None:
+        self.interrupt()
+        found = [worker for worker in self.workers if worker.pid == pid]
+        self.expect(found, "a signal to a stranger:", pid)
+        (worker,) = found
+        self.note("kill", worker, number)
+        if number == SIGHUP:
+            self.expect(worker.orders, worker, "is sent SIGHUP without an order")
+            self.expect(not worker.was_signalled, worker, "is sent SIGHUP twice")
+            worker.was_signalled = True
+            self.after(self.small_delay(), worker.read, worker)
+        elif number == signal.SIGABRT:
+            self.look_at_abort(worker)
+            worker.was_aborted = True
+            if self.chance(0.7):
+                self.after(self.small_delay(), functools.partial(worker.die, int(SIGABRT)))
+        elif number == SIGKILL:
+            self.look_at_kill(worker)
+            worker.was_killed = True
+            stuck = 3 if self.chance(0.05) else 0.01
+            end = functools.partial(worker.die, SIGKILL)
+            self.after(stuck * self.random.random(), end)
+
+    def waitpid(self, pid: int, options: int) -> tuple[int, int]:
+        self.interrupt()
+        assert options == os.WNOHANG
+        if self.orphans and pid == -1:
+            self.orphans -= 1
+            return SIM_STRANGER, 0
+        for worker in self.zombies:
+            if pid in (-1, worker.pid):
+                self.zombies.remove(worker)
+                self.workers.remove(worker)
+                worker.is_reaped = True
+                self.note("reaped:", worker)
+                self.count_death(worker)
+                assert worker.status is not None
+                return worker.pid, worker.status
+        if not any(pid in (-1, worker.pid) for worker in self.workers):
+            raise ChildProcessError
+        return 0, 0
+
+    def waitid(self, *_: object) -> None:
+        raise ChildProcessError
+
+    def pthread_sigmask(self, how: int, mask: Iterable[int]) -> set[int]:
+        self.is_mask_blocked = how == signal.SIG_BLOCK
+        return set()
+
+    def socketpair(self) -> tuple[SimEnd, SimEnd]:
+        ours, theirs = SimEnd(self), SimEnd(self)
+        ours.peer, theirs.peer = theirs, ours
+        self.last_end = theirs
+        return ours, theirs
+
+    def open_listeners_of(self, binds: Any, adopted: Any) -> list[SimListener]:
+        self.interrupt()
+        listeners = []
+        for bind in binds:
+            if bind in adopted:
+                listeners.append(SimListener(self, adopted[bind].sock))
+                continue
+            if self.bound(bind):
+                self.note("bind: in use", bind)
+                raise OSError(98, "Address already in use")
+            if self.takes_fault("bind"):
+                self.note("bind fails", bind)
+                raise PermissionError(13, "Permission denied")
+            sock = SimSocket(bind)
+            self.sockets.append(sock)
+            self.note("binds", bind)
+            listeners.append(SimListener(self, sock))
+        return listeners
+
+    def bound(self, bind: Any) -> SimSocket | None:
+        """Return the listening socket at this address, if there is one."""
+        for sock in self.sockets:
+            if sock.bind == bind and sock.is_listening:
+                return sock
+        return None
+
+    def drop_copy(self, sock: SimSocket) -> None:
+        sock.copies -= 1
+        if not sock.copies:
+            self.sockets.remove(sock)
+            lost = sock.queued and not self.excused and not self.is_forced
+            self.expect(not lost, "queued clients are reset at", sock.bind)
+
+    def read_config(self, *_: object) -> Any:
+        self.interrupt()
+        self.expect(not self.has_stopped, "a reload begins after a stop")
+        self.expect(not self.master.stopping, "a reload begins after the start has failed")
+        self.hups_answered = self.hups_taken
+        if self.disk is None:
+            self.note("reads a mistake")
+            raise self.simulation.names["ConfigError"]("sim.ini: a mistake")
+        self.note("reads", self.disk.backlog, list(self.disk.listen), self.disk.workers)
+        return self.disk
+
+    def claim_pidfile(self, config: Any, *others: Any) -> None:
+        """others: what claim_pidfile() or write_pidfile() takes besides."""
+        if not config.pidfile:
+            return
+        if self.takes_fault("pidfile"):
+            self.note("the pidfile cannot be written")
+            raise self.simulation.names["ConfigError"]("pidfile: a fault")
+        if config.pidfile not in self.pidfiles and isinstance(others[0], contextlib.ExitStack):
+            others[0].callback(self.pidfiles.discard, config.pidfile)
+        self.pidfiles.add(config.pidfile)
+
+    def open_logs(self, config: Any, *_: object) -> Any:
+        if self.takes_fault("logs"):
+            self.note("the logs cannot be opened")
+            raise self.simulation.names["ConfigError"]("log_file: a fault")
+        return config
+
+    def use_logs(self, config: Any) -> None:
+        self.log_file = config.log_file
+
+    def sd_notify(self, address: str, *parts: str) -> None:
+        self.interrupt()
+        state = parts[0]
+        self.note("notify", state)
+        if state.startswith("RELOADING=1"):
+            self.expect(not self.is_reloading, "RELOADING twice without READY")
+            self.expect("MONOTONIC_USEC=" in "".join(parts), "RELOADING without its time")
+            self.is_reloading = True
+        elif state.startswith("READY=1"):
+            self.is_reloading = False
+        elif state.startswith("STOPPING=1"):
+            self.is_reloading = False
+            self.said_stopping += 1
+
+    # The promises
+    def expect(self, condition: object, *what: object) -> None:
+        if not condition:
+            self.violated(" ".join(map(str, what)))
+
+    def violated(self, what: str) -> NoReturn:
+        raise Violation(f"seed {self.seed}: {what}\n{self.story()}")
+
+    def story(self) -> str:
+        return "\n".join(f"{when:10.4f}  {' '.join(map(str, what))}" for when, *what in self.trace)
+
+    def note(self, *what: object) -> None:
+        self.trace.append((self.now, *what))
+
+    def excuse(self, worker: SimWorker) -> None:
+        """A worker is lost. Clients that only it could have answered may be lost, too."""
+        serving = self.master.current if hasattr(self, "master") else None
+        if worker.was_told_go or worker.generation is serving:
+            self.excused = True
+
+    def look_at_life(self, child: Any, life: Any) -> None:
+        old = child.life.name
+        self.note("worker", child.number, "of", child.generation.number, old, "->", life.name)
+        moves = self.simulation.lives[old]
+        self.expect(old == life.name != "DRAINING" or life.name in moves, f"{old} -> {life.name}")
+
+    def look_at_stage(self, generation: Any, stage: Any) -> None:
+        old = generation.stage.name
+        self.note("generation", generation.number, old, "->", stage.name)
+        self.expect(stage.name in self.simulation.stages[old], f"{old} -> {stage.name}")
+        if stage.name == "CURRENT":
+            self.look_at_commit(generation)
+        elif stage.name == "VOID":
+            self.look_at_roll_back(generation)
+
+    def look_at_commit(self, new: Any) -> None:
+        """A reload commits whole: every new worker is ready, and a kept address keeps its socket."""
+        self.expect(not self.has_stopped, "a commit after a stop")
+        ready = {
+            worker.place.number
+            for worker in self.workers
+            if worker.generation is new and worker.has_said_ready
+        }
+        self.expect(len(ready) == new.config.workers, "a commit before every worker is ready")
+        self.expect(len(new.children) == new.config.workers, "a wrong number of workers")
+
+    def look_at_roll_back(self, generation: Any) -> None:
+        """No client has seen it (unless it was the second of two listen() that failed)."""
+        current = self.master.current.listeners
+        for address, listeners in generation.listeners.items():
+            if address not in current and "listen" not in self.faults:
+                seen = [each for each in listeners if each.sock.is_listening]
+                self.expect(self.adopted or not seen, "a roll-back after listen() at", address)
+
+    def look_at_words(self, worker: SimWorker, words: list[Any]) -> None:
+        """The master says something to a worker."""
+        word, *arguments = words
+        if word == "go":
+            self.note("go", worker)
+            self.expect(worker.has_said_ready, worker, "is told to go before it is ready")
+            self.expect(not worker.was_told_go, worker, "is told to go twice")
+            worker.was_told_go = True
+            worker.told_go_in = self.turn
+            worker.served_at = self.now
+        elif word == "drain":
+            dropped, grace = arguments
+            self.note("drain", worker, dropped, grace)
+            if worker.orders:
+                self.expect(grace < worker.orders[-1] or not grace, worker, "is told twice")
+            elif worker.place.life.name != "DRAINING":  # INT's second order goes to all
+                self.look_at_order(worker, dropped)
+                worker.told_at = self.now
+                worker.orders.append(grace)
+                key = worker.key
+                has_successor = any(each.key == key for each in self.workers if each is not worker)
+                if worker.has_hurried and not has_successor and not self.places[key][1]:
+                    self.places[key] = [1, 0, 1]
+
+    def look_at_order(self, worker: SimWorker, dropped: list[str]) -> None:
+        """Invariant 4, and rule 4."""
+        for listener in self.open_listeners:
+            for address, sock in worker.sockets:
+                is_copy = listener.sock is sock and listener not in self.adopted.values()
+                self.expect(not (is_copy and address in dropped), "an order before the close")
+        if self.has_stopped or worker.has_hurried:
+            return
+        current = self.master.current
+        if worker.generation is current:
+            heirs = [
+                each
+                for each in self.workers
+                if each.generation is current
+                and each.place.number == worker.place.number
+                and each is not worker
+                and each.was_told_go
+            ]
+            self.expect(heirs, worker, "is to drain before its successor serves")
+        elif worker.was_told_go:
+            for place in current.children:
+                served = place.life.name in ("SERVING", "LEAVING")
+                self.expect(served, worker, "is to drain before every new worker serves")
+
+    def look_at_close(self, sock: SimSocket) -> None:
+        """At a stop: is there nobody for the queue but a worker that comes up?"""
+        if not self.has_stopped or self.is_forced or not sock.is_listening:
+            return
+        if any(sock is each.sock for each in self.adopted.values()):
+            return
+        holders = [each for each in self.workers if any(sock is mine for _, mine in each.sockets)]
+        coming = [each for each in holders if each.may_become_useful()]
+        accepting = any(each.may_accept() for each in self.workers)
+        late = sock.queued and coming and not accepting
+        self.expect(not late, "a stop does not let", *coming[:1], "answer the queue")
+
+    def look_at_abort(self, worker: SimWorker) -> None:
+        config = worker.generation.config
+        limit = config.drain_timeout
+        drained_at = worker.told_at + (limit + self.simulation.overtime if limit else NEVER)
+        legitimate = (
+            worker.hangs
+            or worker.life == "dead"
+            or (
+                worker.life in ("loading", "ready")
+                and self.now >= worker.forked_at + config.boot_timeout
+            )
+            or self.now >= drained_at
+            or self.now >= worker.exiting_at + self.simulation.overtime
+        )
+        self.expect(legitimate, worker, "is aborted, though it does not hang")
+
+    def look_at_kill(self, worker: SimWorker) -> None:
+        if worker.was_aborted or worker.was_killed or self.is_forced:
+            return
+        self.expect(not worker.was_told_go, worker, "is killed while it serves")
+        is_current = worker.generation is self.master.current
+        self.expect(not is_current or self.has_stopped, worker, "is killed without a reason")
+
+    def look_at_fork(self, place: Any) -> None:
+        """Invariant 9, and that a place has one worker."""
+        key = (place.generation.number, place.number)
+        others = [each for each in self.workers if each.life != "dead" and not each.orders]
+        self.expect(not self.is_forced, "a fork after a second stop")
+        if self.has_stopped:
+            serving = any(each.may_accept() for each in self.workers)
+            self.expect(not serving, "a fork after a stop, though a worker serves")
+        rivals = [each for each in others if each.key == key]
+        leaving = [each for each in rivals if each.why]
+        self.expect(len(rivals) == len(leaving) <= 1, "two workers in one place")
+        _, due, certain = self.places[key]
+        if leaving and not due:
+            self.places[key] = [1, 0, 1]
+            for each in others:
+                self.expect(
+                    not (each.why == leaving[0].why == "max_requests" and each.is_being_replaced),
+                    "two workers are replaced for max_requests",
+                )
+            leaving[0].is_being_replaced = True
+        if due and certain:
+            self.expect(self.woke_at > due - 1e-6, "a fork before the back-off is over")
+            late = self.woke_at - max(due, self.last_fork_failure, self.last_sleep)
+            self.expect(late < SIM_LATE, "a replacement comes late")
+        if due:
+            self.places[key][1] = 0
+
+    def count_death(self, worker: SimWorker) -> None:
+        """Note from when on its place may have a new worker."""
+        if worker.orders or worker.was_killed and not worker.was_aborted and not worker.was_told_go:
+            return
+        others = [each for each in self.workers if each.key == worker.key]
+        place = self.places[worker.key]
+        if worker.why and (place[1] or any(not each.orders for each in others)):
+            return  # its successor has begun, or is due
+        served = self.woke_at - worker.served_at
+        if worker.why or served > self.simulation.steady:
+            place[0] = 0
+        pauses = self.simulation.back_off
+        place[1] = self.woke_at + pauses[min(int(place[0]), len(pauses) - 1)]
+        place[2] = abs(served - self.simulation.steady) > SIM_LATE
+        place[0] += 1
+
+    def look_around(self) -> None:
+        """After every turn of the master: what is true whatever has happened?"""
+        master = self.master
+        current = master.current
+        known = {worker.pid for worker in self.workers}
+        self.expect(master.children.keys() == known, "the master does not know its children")
+        wanted = {each for listeners in current.listeners.values() for each in listeners}
+        for listener in wanted:
+            self.expect(listener.is_open, "an address of the configuration is closed")
+            self.expect(listener.sock.is_listening, "an address does not listen")
+        if master.upcoming:
+            for listeners in master.upcoming.listeners.values():
+                wanted.update(listeners)
+        wanted.update(self.adopted.values())
+        self.expect(self.open_listeners == wanted, "a listener is left open")
+        self.expect(self.log_file == current.config.log_file, "the logs are another generation's")
+        pidfiles = {current.config.pidfile} - {""}
+        self.expect(self.pidfiles == pidfiles, "pidfiles:", self.pidfiles, "not", pidfiles)
+        is_reloading = bool(master.upcoming and current.number and not master.stopping)
+        self.expect(self.is_reloading == is_reloading, "RELOADING without an end by READY")
+        self.expect(not self.is_mask_blocked, "signals stay blocked")
+        for worker in self.workers:
+            self.look_at(worker)
+        self.look_at_the_end()
+
+    def look_at(self, worker: SimWorker) -> None:
+        master = self.master
+        if worker.life == "dead":
+            return
+        if self.is_forced:
+            self.expect(worker.was_killed, worker, "outlives a second stop")
+            return
+        if self.has_stopped and worker.may_accept() and worker.told_go_in < self.turn:
+            self.violated(f"{worker} is not told of the stop")
+        if worker.generation not in (master.current, master.upcoming):
+            done = worker.orders or worker.was_killed or worker.was_aborted
+            self.expect(done, worker, "is forgotten")
+
+    def what_is_missing(self) -> str:
+        """Return what is not as it must be after quiet, or ""."""
+        master = self.master
+        if self.has_stopped or master.stopping:
+            return "the stop has not ended"
+        if self.hups_answered < self.hups_taken or self.bell.received:
+            return "a SIGHUP is forgotten"
+        if master.upcoming:
+            return "a reload has not ended"
+        if any(worker.hangs for worker in self.workers):
+            return "a worker that hangs is still there"
+        serving = [each for each in self.workers if each.may_accept() and each.life == "serving"]
+        if len(self.workers) != len(serving):
+            return "a worker that is to go is still there"
+        if any(worker.why for worker in self.workers):
+            return "a worker that leaves is still there"
+        places = sorted(each.place.number for each in serving if each.generation is master.current)
+        if places != list(range(master.current.config.workers)):
+            return f"the workers that serve are {places}"
+        return ""
+
+    def look_at_the_end(self) -> None:
+        """In the calm all comes to rest. Then a last reload must succeed, and a last stop end."""
+        if self.now > self.ends_at and not self.helps_itself():
+            self.violated(f"long after the last event {self.what_is_missing()}")
+        if not self.is_calm or self.has_stopped or self.master.stopping:
+            return
+        if not self.master.current.config.hang_timeout:
+            for worker in self.workers:
+                if worker.hangs:
+                    worker.die(SIGKILL)  # by the operator
+        if self.what_is_missing():
+            return
+        if self.is_changed:
+            served = self.master.current.config.backlog
+            self.expect(served == self.disk.backlog, "the newest configuration is not served")
+            self.ring(self.random.choice((SIGTERM, SIGINT)))
+        elif not self.events:
+            self.is_changed = True
+            self.disk = self.any_config()
+            self.ring(SIGHUP)
+            self.ends_at = self.now + SIM_QUIET
+
+    def helps_itself(self) -> bool:
+        """Where nobody watches the workers, a stop with one that hangs is ended by a second stop."""
+        hung = any(worker.hangs for worker in self.workers)
+        watched = self.master.current.config.hang_timeout
+        is_stopping = self.has_stopped or self.master.stopping
+        helps = is_stopping and hung and not watched and not self.is_forced
+        if helps:
+            self.ring(SIGTERM)
+        return helps
+
+    def look_at_exit(self, status: int) -> None:
+        """The master has ended."""
+        self.note("exit status", status)
+        self.expect(not self.workers, "a worker outlives the master")
+        self.expect(not self.open_listeners - {*self.adopted.values()}, "a listener is left open")
+        self.expect(not self.pidfiles, "the pidfile is left behind")
+        self.expect(not self.is_reloading, "RELOADING without an end")
+        self.expect(self.said_stopping == self.must_say_stopping, "STOPPING is not said once")
+        if self.is_forced:
+            self.expect(status, "the exit status of a forced stop is 0")
+
+
+class Simulation:
+    """A private copy of hupserve whose Part I touches a World instead of the system."""
+
+    spawning: Any = None  # the Child for which the master forks
+
+    def __init__(self, change: tuple[str, str] = ("", "")):
+        """change: a text in Part I and what a careless hand has put in its place."""
+        names = dict(vars(sim_module()))
+        text = HUPSERVE.read_text()
+        end = text.index("# Part II: serving")
+        old, new = change
+        assert not old or text[:end].count(old) == 1, f"not once in Part I: {old!r}"
+        part = text[:end].replace(old, new) if old else text[:end]
+        exec(compile(part, "hupserve.py, Part I", "exec"), names)
+        self.names = names
+        self.lives = self.moves(part, "Life")
+        self.stages = self.moves(part, "Stage")
+        self.overtime: float = names["OVERTIME"]
+        self.steady: float = names["STEADY"]
+        self.back_off: Any = names["BACK_OFF"]
+        names["Scoreboard"] = type("Scoreboard", (names["Scoreboard"],), {"SLOTS": 64})
+        defaults = {key: read(default) for key, (default, read) in names["KEYS"].items()}
+        ini = types.SimpleNamespace(path="sim.ini", folder="/")
+        self.config = names["Config"](**defaults, tls=None, parts=[], ini=ini)
+        self.watch(names["Child"], "look_at_life")
+        self.watch(names["Generation"], "look_at_stage")
+        spawn = names["Master"].spawn
+
+        def watched_spawn(master: Any, child: Any) -> None:
+            self.spawning = child
+            spawn(master, child)
+
+        names["Master"].spawn = watched_spawn
+
+    @staticmethod
+    def moves(part: str, name: str) -> dict[str, set[str]]:
+        """Return the moves that a table of states allows: its arrows."""
+        (table,) = re.findall(rf"(?s)\nclass {name}\(.*?# fmt: on", part)
+        moves: dict[str, set[str]] = {}
+        state = ""
+        for line in table.splitlines():
+            row = re.match(r" +([A-Z]+) = \d", line)
+            state = row[1] if row else state
+            moves.setdefault(state, set()).update(re.findall(r"-> ([A-Z]+)", line))
+        return moves
+
+    def watch(self, machine: Any, look: str) -> None:
+        enter = machine.enter
+
+        def watched_enter(it: Any, state: Any) -> None:
+            getattr(self.world, look)(it, state)
+            enter(it, state)
+
+        machine.enter = watched_enter
+
+    def run(self, seed: int) -> World:
+        """Let one history happen. Raises Violation."""
+        world = self.world = World(self, seed)
+        self.names.update(self.system(world))
+        world.master = self.names["Master"](world.config)
+        world.plan()
+        try:
+            status = world.master.run()
+        except Violation:
+            raise
+        except Exception:
+            world.violated(f"the master has crashed: {traceback.format_exc()}")
+        world.look_at_exit(status)
+        return world
+
+    def system(self, world: World) -> dict[str, Any]:
+        """Return the names by which the master touches the system, and what they are here."""
+
+        def ignore(*_: object, **__: object) -> None:
+            pass
+
+        poll = functools.partial(SimPoll, world)
+        log = types.SimpleNamespace(
+            info=world.note, warning=world.note, error=world.note, log=world.note, debug=ignore
+        )
+        return {
+            "TICK": SIM_TICK,
+            "os": types.SimpleNamespace(
+                fork=world.fork,
+                kill=world.kill,
+                waitpid=world.waitpid,
+                waitid=world.waitid,
+                waitstatus_to_exitcode=os.waitstatus_to_exitcode,
+                getpid=lambda: SIM_MASTER,
+                WNOHANG=os.WNOHANG,
+            ),
+            "time": types.SimpleNamespace(
+                monotonic=lambda: world.now, monotonic_ns=lambda: int(world.now * 1e9)
+            ),
+            "select": types.SimpleNamespace(poll=poll, POLLIN=select.POLLIN),
+            "poll": poll,
+            "signal": types.SimpleNamespace(
+                **{
+                    **vars(signal),
+                    "pthread_sigmask": world.pthread_sigmask,
+                    "valid_signals": tuple,
+                }
+            ),
+            "socket": types.SimpleNamespace(socketpair=world.socketpair),
+            "Bell": functools.partial(SimBell, world),
+            "Desks": lambda threads: types.SimpleNamespace(read=list),
+            "scoreboard": types.SimpleNamespace(write=ignore),
+            "log": log,
+            "open_listeners": world.open_listeners_of,
+            "close_listeners": lambda listeners: [each.close() for each in listeners],
+            "adopt_listeners": lambda: world.adopted,
+            "is_ready": lambda listener, event, seconds: listener.sock.queued > 0,
+            "unsent_bytes": lambda end: len(end.peer.inbox),
+            "read_config": world.read_config,
+            "open_logs": world.open_logs,
+            "use_logs": world.use_logs,
+            "claim_pidfile": world.claim_pidfile,
+            "write_pidfile": world.claim_pidfile,
+            "release_pidfile": world.pidfiles.discard,
+            "take_notify_socket": lambda: "sim",
+            "sd_notify": world.sd_notify,
+            "tell": world.note,
+            "announce": ignore,
+            "warn_about_unnamed": ignore,
+        }
+
+
+@functools.cache
+def sim_module() -> Any:
+    """Return hupserve.py as a module, loaded from the file that is tested."""
+    spec = importlib.util.spec_from_file_location("hupserve_in_a_world", HUPSERVE)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    vars(module)["log"] = types.SimpleNamespace(error=lambda *_: None)  # Pause says nothing
+    return module
+
+
+def test_world_keeps_every_promise():
+    """No history breaks one. HUPSERVE_HISTORIES=200000 looks at more of them."""
+    simulation = Simulation()
+    for seed in range(HISTORIES):
+        simulation.run(seed)
+
+
+# What a careless hand could change in Part I, and what it would be then.
+SIM_MUTANTS = {
+    "a commit at the first ready": (
+        "elif all(child.life == READY for child in new.children):",
+        "elif any(child.life == READY for child in new.children):",
+    ),
+    "a commit that goes on after a stop": (
+        "        self.settle(self.current, self.upcoming)\n\n    def advance_stop",
+        "\n    def advance_stop",
+    ),
+    "told twice": (
+        "if child.generation is generation and child.life < DRAINING:",
+        "if child.generation is generation:",
+    ),
+    "the signal before the order": (
+        """            child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)
+            os.kill(child.pid, signal.SIGHUP)""",
+        """            os.kill(child.pid, signal.SIGHUP)
+            child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)""",
+    ),
+    "a forgotten SIGHUP": (
+        "elif signum == signal.SIGHUP and not self.stopping:",
+        "elif signum == signal.SIGHUP and not self.stopping and not self.upcoming:",
+    ),
+    "a SIGHUP that interrupts a reload": (
+        "if self.sighup_waits and not self.upcoming:",
+        "if self.sighup_waits:",
+    ),
+    "a SIGHUP that is remembered over a stop": (
+        "        self.stopping = True\n        self.sighup_waits = False\n        if signum",
+        "        self.stopping = True\n        if signum",
+    ),
+    "a SIGHUP that is remembered over a failed start": (
+        "        self.sighup_waits = False\n        self.status = max",
+        "        self.status = max",
+    ),
+    "TERM unheard while loading": (
+        "            elif signum in STOPS:\n",
+        "            elif signum in STOPS and not self.upcoming:\n",
+    ),
+    "a second stop unheard": (
+        "            if signum in STOPS and self.stopping:\n",
+        "            if False:\n",
+    ),
+    "a worker that comes up after a second stop": (
+        "        self.let_go_of_everything()\n        for pid",
+        "        for pid",
+    ),
+    "a stop that waits for a place in its back-off": (
+        "return child.deaths <= 1 and not self.fork_pause.until",
+        "return True",
+    ),
+    "no back-off": (
+        "pause = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]",
+        "pause = 0",
+    ),
+    "a back-off that is never over": (
+        "deaths = 0 if was_steady or self.life == LEAVING else self.deaths",
+        "deaths = self.deaths",
+    ),
+    "a successor that takes over before it is ready": (
+        "if old and (old.hurries or child.life == SERVING):",
+        "if old and child.life >= BOOTING:",
+    ),
+    "go after drain": (
+        "        self.maintain_workers()  # says",
+        "        # says",
+    ),
+    "a stale word": (
+        'elif word == "leaving" and self.life in (SERVING, LEAVING):',
+        'elif word == "leaving" and self.life >= SERVING:',
+    ),
+    "an address that stays is closed": (
+        "dropped = generation.listeners.keys() - heir.listeners.keys()",
+        "dropped = generation.listeners.keys()",
+    ),
+    "an address that goes stays open": (
+        "dropped = generation.listeners.keys() - heir.listeners.keys()",
+        "dropped = set()",
+    ),
+    "an order before the close": (
+        """            for address in dropped:
+                close_listeners(generation.listeners[address])
+            if generation.config.pidfile != heir.config.pidfile:
+                release_pidfile(generation.config.pidfile)
+            for child in self.children.values():
+                if child.generation is generation and child.life < DRAINING:
+                    self.end(child, dropped - generation.borrowed)
+""",
+        """            for child in self.children.values():
+                if child.generation is generation and child.life < DRAINING:
+                    self.end(child, dropped - generation.borrowed)
+            for address in dropped:
+                close_listeners(generation.listeners[address])
+            if generation.config.pidfile != heir.config.pidfile:
+                release_pidfile(generation.config.pidfile)
+""",
+    ),
+    "a queue that nobody empties": (
+        'child.line.say("drain", sorted(dropped),',
+        'child.line.say("drain", [],',
+    ),
+    "a pidfile that a roll-back leaves": (
+        "if generation.config.pidfile != heir.config.pidfile:",
+        "if generation.stage == Stage.PAST:",
+    ),
+    "a refusal of which systemd does not hear": (
+        'self.notify("READY=1", f"reload refused: {error}", logging.ERROR)',
+        "pass",
+    ),
+    "a death that no reload minds": (
+        "if generation.stage == Stage.LOADING:",
+        "if False:",
+    ),
+    "no boot_timeout for a replacement": (
+        "return self.since + config.boot_timeout",
+        "return FOREVER",
+    ),
+    "no end to the exit functions": (
+        "        if self.life == EXITING:\n            return self.since + OVERTIME",
+        "        if self.life == EXITING:\n            return FOREVER",
+    ),
+    "an abort without a kill": (
+        "child.kill_at = self.now + ABORT_TIME\n        os.kill(child.pid, signal.SIGABRT)",
+        "os.kill(child.pid, signal.SIGABRT)",
+    ),
+    "a worker that hangs although it reads": (
+        "child.unread + 1 if unsent_bytes(child.line.sock) else 0",
+        "child.unread + 1",
+    ),
+    "a worker that hangs and is not found": (
+        "child.unread + 1 if unsent_bytes(child.line.sock) else 0",
+        "0",
+    ),
+    "all replaced at once for max_requests": (
+        "return child.why != MAX_REQUESTS or not any(",
+        "return True or not any(",
+    ),
+    "a fork with signals unblocked": (
+        "before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
+        "before = signal.pthread_sigmask(signal.SIG_SETMASK, ())",
+    ),
+    "a fork that fails ends the master": (
+        "except OSError as error:\n            self.fork_pause",
+        "except KeyError as error:\n            self.fork_pause",
+    ),
+    "one death reaped for each signal": (
+        "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n",
+        "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n                return\n",
+    ),
+    "no look while a reload is under way": (
+        "            due.append(self.now + TICK)\n",
+        "            pass\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", SIM_MUTANTS.values(), ids=list(SIM_MUTANTS))
+def test_world_finds(change):
+    """The histories bite: some history breaks a promise if the master is changed so."""
+    simulation = Simulation(change)
+    with pytest.raises(Violation, match=r"^seed \d+: "):
+        for seed in range(HISTORIES):
+            simulation.run(seed)
 
 
 # ==== the mistakes ================================================================================
