@@ -49,6 +49,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -4096,6 +4097,129 @@ def test_operator_an_ini_that_cannot_be_read_is_a_refused_reload(serve, what):
     server.write()
     server.reload()
     assert server.get().json["hupserve.generation"] > 1
+
+
+# README's examples are taken from README, so that they work as they stand there.
+README = HUPSERVE.with_name("README.md")
+
+
+def readme(language: str, *, having: str = "") -> list[str]:
+    """Return README's blocks in this language that have this text."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+    return [block for block in blocks if having in block]
+
+
+def try_command(*command: str | Path) -> str:
+    """Run a checker of files, if it is installed. It must be content; return what it says."""
+    if not shutil.which(str(command[0])):
+        pytest.skip(f"no {command[0]} command")
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert ended.returncode == 0, ended
+    return ended.stdout + ended.stderr
+
+
+@beyond_core
+def test_operator_readme_knows_every_key_and_its_default():
+    code = "import hupserve; print([(key, one.default) for key, one in hupserve.KEYS.items()])"
+    stop = subprocess.check_output([PYTHON, "-c", code], cwd=HUPSERVE.parent, text=True)
+    rows = re.findall(r"(?m)^\| (`[a-z_`, ]+`) \| *(\S*?) *\|", README.read_text())
+    told = {key: default for keys, default in rows for key in re.findall("[a-z_]+", keys)}
+    for key, default in eval(stop):
+        assert told[key].strip("`") == default, key
+
+
+@beyond_core
+def test_operator_readme_has_ini_files_that_are_read(folder):
+    files = [text for text in readme("ini") if "systemd/" not in text]
+    assert len(files) > 4
+    for number, text in enumerate(files):
+        (folder / f"{number}.ini").write_text(text)
+    code = "import hupserve, sys; [hupserve.read_config(path) for path in sys.argv[1:]]"
+    environment = {**os.environ, "PYTHONPATH": str(HUPSERVE.parent)}
+    paths = map(str, folder.glob("*.ini"))
+    subprocess.run([PYTHON, "-c", code, *paths], cwd=folder, env=environment, check=True)
+
+
+@beyond_core
+def test_operator_readme_has_a_filter_for_the_proxys_headers(serve):
+    for text in readme("python"):
+        compile(text, "README.md", "exec")
+    [code] = readme("python", having="def proxyfix")
+    [ini] = readme("ini", having="[filter:proxyfix]")
+    server = serve()
+    server.put("myfilters.py", code)
+    server.reload(ini.replace("mysite.wsgi:application", "app:application"))
+    seen = server.get("/", "X-Forwarded-For: 6.6.6.6, 192.0.2.7", "X-Forwarded-Proto: https").json
+    assert seen["REMOTE_ADDR"] == "192.0.2.7"
+    assert seen["wsgi.url_scheme"] == "https"
+    assert server.get("/").json["REMOTE_ADDR"] == "127.0.0.1"
+
+
+@beyond_core
+def test_operator_readme_has_a_unit_that_systemd_understands(folder):
+    for text in readme("ini", having="# /etc/systemd/system/"):
+        name = Path(text.splitlines()[0]).name
+        (folder / name).write_text(text)
+    version = int(try_command("systemd-analyze", "--version").split()[1])
+    unit = folder / "hupserve.service"
+    if version < 253:  # as README says
+        unit.write_text(unit.read_text().replace("notify-reload", "notify"))
+    said = try_command("systemd-analyze", "verify", unit, folder / "hupserve.socket")
+    assert "hupserve.s" not in said
+
+
+@beyond_core
+def test_operator_readme_has_an_upstream_that_nginx_understands(folder):
+    [block] = readme("nginx")
+    block = block.replace("listen 80;", f"listen 127.0.0.1:{free_port()};")  # 80 may be taken
+    config = folder / "nginx.conf"
+    config.write_text(f"pid {folder}/pid;\nevents {{}}\nhttp {{\n{block}}}\n")
+    try_command("nginx", "-t", "-p", folder, "-c", config, "-g", "error_log stderr;")
+
+
+@beyond_core
+def test_operator_readme_has_a_loop_that_forgets_no_change(serve, folder):
+    """A ConfigMap changes as kubelet changes it: the link ..data leads to another folder then."""
+    [block] = readme("yaml")
+    loop = re.search(r"- \|\n(.*?done\n)", block, re.DOTALL)[1]
+    loop = textwrap.dedent(loop).replace("sleep 2", "sleep 0.1")
+    loop = loop.replace("/etc/hupserve", f"{folder}/etc").replace("/run/hupserve", str(folder))
+    mount = folder / "etc"
+    mount.mkdir()
+    (mount / "app.ini").symlink_to("..data/app.ini")
+    server = Server(folder, pidfile=folder / "pid")
+    server.ini = mount / "app.ini"
+    versions = itertools.count()
+
+    def publish() -> None:
+        version = mount / f"..{next(versions)}"
+        version.mkdir()
+        lines = [f"{key} = {value}\n" for key, value in server.keys.items()]
+        (version / "app.ini").write_text("[server:main]\n" + "".join(lines) + server.sections)
+        (mount / "new").symlink_to(version.name)
+        os.replace(mount / "new", mount / "..data")
+
+    server.write = publish
+    sidecar = subprocess.Popen(["sh", "-c", loop], stderr=subprocess.DEVNULL)
+    try:
+        with server:
+            server.wait_log("generation 2 serves")  # what it had seen before the server was there
+            server.keys["workers"] = 3
+            publish()
+            until(lambda: len(server.workers()) == 3)
+            # A change that cannot be delivered, as while hupserve starts.
+            (folder / "pid").rename(folder / "kept")
+            server.keys["workers"] = 1
+            publish()
+            time.sleep(0.5)
+            (folder / "kept").rename(folder / "pid")
+            until(lambda: len(server.workers()) == 1)
+            served = re.findall("generation . serves", server.log())
+            time.sleep(0.5)
+            assert re.findall("generation . serves", server.log()) == served, "and no more"
+    finally:
+        sidecar.kill()
+        sidecar.wait()
 
 
 @beyond_core
