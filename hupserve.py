@@ -36,7 +36,8 @@ A reload. A generation is the workers started from one reading of the configurat
     TERM, QUIT     stop when everything is answered    serve until replaced, then drain
     INT            as TERM, without grace for the idle ignored: Ctrl-C reaches the master too
     a second stop  stop at once                        drain at once
-    USR1           ignored: logs follow their rotation ignored
+    USR1, USR2     ignored: logs follow their rotation ignored
+    TTIN, TTOU     ignored                             ignored
 
 Four rules make it safe. The code refers to them by number.
 
@@ -179,9 +180,9 @@ VACANT, BOOTING, READY, SERVING, LEAVING, DRAINING, EXITING = Life
 
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
-# Left alone they would end or stop a process. A background job that writes gets a TTIN's sibling
-# TTOU; with a handler for it write() would begin again for ever, so it is not among these.
-IGNORED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN)
+# Left alone they would end or stop a process.
+TERMINAL_SIGNALS = (signal.SIGTTIN, signal.SIGTTOU)  # see Bell.note()
+IGNORED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, *TERMINAL_SIGNALS)
 
 TICK = 0.02  # seconds between two looks while a reload or a replacement is under way
 BIND_PATIENCE = 1.0  # seconds for an old worker to close an address that comes back
@@ -562,6 +563,7 @@ class Master:
         new.enter(Stage.CURRENT)
         self.maintain_workers()  # says "go" to the new workers, before the old ones are to drain
         self.settle(new, old)
+        warn_about_unnamed(self.adopted, new.config)
         if old.number == 0:
             announce(new)
         self.notify("READY=1", f"generation {new.number} serves with {count_workers(new.config)}")
@@ -575,6 +577,7 @@ class Master:
                 for listener in new.listeners[address]:
                     if address in added:
                         listener.refuse_if_replaced()
+                    listener.set_file_mode(new.config.socket_mode)
                     listener.listen(new.config.backlog)
             except OSError as error:
                 reason = f"{address}: {reason_of(error)}"
@@ -2471,9 +2474,22 @@ class Bell:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def handle(self, *signals: int) -> None:
-        """From now on note these signals. (A handler does nothing else.)"""
+        """From now on note these signals."""
         for signum in signals:
-            signal.signal(signum, lambda number, frame: self.received.append(number))
+            signal.signal(signum, self.note)
+
+    def note(self, signum: int, frame: object) -> None:
+        """(main thread) The handler of all our signals sets this flag and does nothing else.
+
+        Except for the two that a terminal sends to a background job which reads or, after `stty
+        tostop`, writes. Once such a signal has come it is ignored: then the write succeeds, and the
+        read fails. If a handler just returned, the call would begin again and send the next signal,
+        for ever. If it were ignored from the start, so would it be in every program that the
+        application executes.
+        """
+        self.received.append(signum)
+        if signum in TERMINAL_SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
 
     def ring(self) -> None:
         """(any thread) Wake the main loop. If the pipe is full, it wakes anyway."""
@@ -2643,6 +2659,13 @@ class Listener(socket.socket):
         if self.file and not self.still_has_its_file():
             raise OSError(errno.EADDRINUSE, "another master has taken its place")
 
+    def set_file_mode(self, mode: int) -> None:
+        """Before listen(): until then nobody can connect, whatever mode bind() gave the file."""
+        if self.file:
+            with contextlib.suppress(FileNotFoundError):  # some cleaner of folders has removed it
+                if self.still_has_its_file():
+                    os.chmod(self.getsockname(), mode)
+
 
 Adopted = dict[tuple[int, Any], Listener]  # by family and socket address
 
@@ -2719,6 +2742,16 @@ def adopt_listeners() -> Adopted:
     return adopted
 
 
+def warn_about_unnamed(adopted: Adopted, config: Config) -> None:
+    """Clients of a socket that systemd holds and nobody accepts from would wait for ever."""
+    binds = {bind for address in config.listen.values() for bind in address}
+    named = {adopted[bind] for bind in binds if bind in adopted}
+    unnamed = {str(one.getsockname()) for one in adopted.values() if one not in named}
+    if unnamed:
+        reason = f"systemd's {', '.join(unnamed)} is not named: its clients wait in vain"
+        log.warning("%s", mistake(config, "listen", reason))
+
+
 class ForkGuard:
     """What becomes of a worker's sockets when the application forks, as multiprocessing does.
 
@@ -2789,6 +2822,7 @@ class Config(NamedTuple):
     """One reading of a file. Sizes are in bytes, times in seconds."""
 
     listen: dict[str, Binds]  # what to bind for each address, which is told apart by its text
+    socket_mode: int  # of the files of unix sockets
     backlog: int  # clients that the kernel queues for each address
     workers: int
     threads: int  # requests in flight for each worker
@@ -2818,7 +2852,7 @@ class Part(NamedTuple):
 
     place: str  # for error messages
     target: str  # module:attribute
-    arguments: list[Any]  # empty: the target is the application itself; else it is called with them
+    arguments: list[Any] | None  # the target is called with them; None: it is the application
     settings: dict[str, str]  # and with these
 
 
@@ -2840,8 +2874,14 @@ def mistake(config: Config, key: str, reason: str) -> str:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """-> a hint for the end of an error message, or nothing."""
-    close = difflib.get_close_matches(word, words, 1)
+    close = difflib.get_close_matches(word, words, 1, SIMILAR)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def misplaced(settings: Iterable[str]) -> str:
+    """-> a hint, if one of these settings of an application or a filter is a key of ours."""
+    keys = [key for key in settings if key in KEYS]
+    return f"; {keys[0]} belongs in [server:main]" if keys else ""
 
 
 # Readers of values
@@ -2880,7 +2920,7 @@ def binds_of(word: str) -> Binds:
     """
     problem = (
         f"{word} is no numeric host:port, localhost:port, [::1]:port, *:port or unix:/path "
-        f"({LONGEST_UNIX_PATH} bytes)"
+        f"({LONGEST_UNIX_PATH} bytes, no blank)"
     )
     if word.startswith("unix:"):
         path = word[len("unix:") :]
@@ -2898,6 +2938,9 @@ def binds_of(word: str) -> Binds:
             host = "127.0.0.1"
         if host.startswith("[") and host.endswith("]"):
             ipv6 = ipaddress.IPv6Address(host[1:-1])
+            if ipv6.is_link_local or ipv6.scope_id:
+                problem = f"{word} is a link-local address: these need a zone and are not served"
+                raise ValueError
             return ((socket.AF_INET6, (str(ipv6), port, 0, 0)),)
         return ((socket.AF_INET, (str(ipaddress.IPv4Address(host)), port)),)
     except ValueError:
@@ -2917,6 +2960,34 @@ def overlap(binds: Binds, others: Binds) -> bool:
             if one[1] == other[1] and (one_is_any or other_is_any):
                 return True
     return False
+
+
+def socket_mode(text: str) -> int:
+    """'0660' -> 0o660; '' -> the mode that the umask gives."""
+    if text:
+        if not re.fullmatch("0?[0-7]{3}", text):
+            raise ValueError("not an octal mode such as 0660")
+        return int(text, 8)
+    umask = os.umask(0o077)  # it can be read only by setting it
+    os.umask(umask)
+    return 0o777 & ~umask
+
+
+def readable_file(text: str) -> str:
+    """'' or the path of a file that can be read; otherwise OSError."""
+    if text:
+        with open(text, opener=regular_file_opener):
+            pass
+    return text
+
+
+def regular_file_opener(path: str, flags: int) -> int:
+    """For open(): refuse by name what could keep us waiting, such as a FIFO."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # of a FIFO, open() itself would wait
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return descriptor
 
 
 def log_path(text: str) -> str:
@@ -2942,9 +3013,11 @@ def log_level(text: str) -> int:
     return logging.Handler(text.upper()).level  # a Handler knows the names
 
 
+SIMILAR = 0.75  # what difflib must find two names to be, or "reload" would be a hint at "threads"
 # fmt: off
 KEYS = {
     "listen":            Key("127.0.0.1:8000",  addresses),
+    "socket_mode":       Key("",                socket_mode),
     "backlog":           Key("2048",            whole(1, 1_000_000)),
     "workers":           Key("2",               whole(1, 1_000)),
     "threads":           Key("16",              whole(1, 10_000)),
@@ -2958,14 +3031,24 @@ KEYS = {
     "drain_timeout":     Key("0",               seconds()),
     "hang_timeout":      Key("60",              seconds()),
     "max_requests":      Key("0",               whole(0, 10**9)),
-    "certfile":          Key("",                str),
-    "keyfile":           Key("",                str),
+    "certfile":          Key("",                readable_file),
+    "keyfile":           Key("",                readable_file),
     "pidfile":           Key("",                path_in_folder),
     "access_log":        Key("off",             log_path),
     "log_file":          Key("-",               log_path),
     "log_level":         Key("info",            log_level),
 }
 # fmt: on
+# Keys of gunicorn and others that have another name here.
+ELSEWHERE = {
+    "bind": "here it is listen",
+    "host": "here it is listen = host:port",
+    "port": "here it is listen = host:port",
+    "timeout": "here they are boot_timeout, hang_timeout and drain_timeout",
+    "graceful_timeout": "here it is drain_timeout",
+    "keepalive": "here it is keepalive_timeout",
+    "reload": "here a SIGHUP reloads",
+}
 
 
 def read_config(path: str) -> Config:
@@ -2990,7 +3073,7 @@ class Ini(configparser.ConfigParser):
         self.path = path
         full_path = os.path.abspath(path).replace("%", "%%")
         self["DEFAULT"] = {"here": os.path.dirname(full_path), "__file__": full_path}
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", opener=regular_file_opener) as file:
             self.read_file(file)
         self.keys_of = {section: list(self[section]) for section in self}
         cast(dict[str, str], self.defaults()).update(self.items("DEFAULT", raw=True))
@@ -3019,17 +3102,41 @@ class Ini(configparser.ConfigParser):
         return Config(**values, tls=tls, parts=self.parts(), ini=self)
 
     def server_keys(self) -> dict[str, str]:
-        """-> the keys of [server:main]. Without the section they are the defaults."""
-        if not difflib.get_close_matches("server:main", self, 1, 0.8):
+        """-> the keys of [server:main]. In a file without a server's section they are defaults."""
+        if "server:main" not in self:
+            meant = difflib.get_close_matches("server:main", self, 1, SIMILAR)
+            meant += [section for section in self if re.match(r"server\b", section)]
+            if meant:
+                raise ValueError(f"[server:main] missing section; is [{meant[0]}] meant?")
             return {}
-        texts = self.own("server:main")  # if it is only nearly spelt so, this says so
-        other_server = texts.pop("use", "")
+        if "use" in self.keys_of["server:main"]:
+            return self.keys_of_another_server()
+        texts = self.own("server:main")
         for key in sorted(texts.keys() - KEYS.keys()):
-            if not other_server:
-                hint = did_you_mean(key, KEYS)
-                raise ValueError(f"[server:main] {key}: unknown key{hint}")
-            message = "%s: [server:main] %s: unknown key, left to %s"
-            log.warning(message, self.path, key, other_server)
+            hint = f"; {ELSEWHERE[key]}" if key in ELSEWHERE else did_you_mean(key, KEYS)
+            raise ValueError(f"[server:main] {key}: unknown key{hint}")
+        return texts
+
+    def keys_of_another_server(self) -> dict[str, str]:
+        """`use = egg:waitress#main`: take the keys that we have too, and `host` and `port`.
+
+        The others are ignored, even if they could not be interpolated: their variables may be
+        arguments of that server's command line.
+        """
+        keys = self.keys_of["server:main"]
+        taken = [key for key in keys if key in KEYS]
+        if "listen" not in taken:
+            taken += [key for key in keys if key in ("host", "port")]
+        texts = {key: self.get("server:main", key) for key in taken}
+        ignored = [key for key in keys if key not in taken and key != "use"]
+        if ignored:
+            message = "%s: [server:main] use: it is for another server; ignored: %s"
+            log.warning(message, self.path, " ".join(ignored))
+        if "host" in texts or "port" in texts:
+            # Paste's defaults; waitress has the same port. No host is every host, as for bind().
+            host = texts.pop("host", "127.0.0.1") or "*"
+            port = texts.pop("port", "8080")
+            texts["listen"] = f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
         return texts
 
     def parts(self) -> list[Part]:
@@ -3051,7 +3158,8 @@ class Ini(configparser.ConfigParser):
     def part(self, prefix: str, name: str) -> Part | None:
         """-> one of parts(). None: only PasteDeploy knows what it means."""
         section = f"{prefix}:{name}"
-        others = (f"composite:{name}", f"filter-app:{name}", f"pipeline:{name}")
+        kinds = ("application", "composite", "composit", "filter-app", "pipeline")
+        others = [f"{kind}:{name}" for kind in kinds]
         if section not in self and (":" in name or any(other in self for other in others)):
             return None
         settings = self.own(section)
@@ -3062,17 +3170,19 @@ class Ini(configparser.ConfigParser):
             if key != kind and re.match("use$|filter-with$|[sg]et |paste[.]", key):
                 return None
         target = settings.pop(kind, "")
-        if not re.fullmatch(r"[\w.]+:[\w.]+", target):
+        match = re.fullmatch(r"([\w.]+:[\w.]+)(\(\))?", target)
+        if match is None or (match[2] and kind != "wsgi"):
+            what = "module:attribute or module:function()" if kind == "wsgi" else "module:attribute"
             hint = did_you_mean(kind, settings)
-            raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute{hint}")
+            raise ValueError(f"[{section}] {kind}: {target!r} is not {what}{hint}")
         place = f"[{section}] {kind}: {target}"
         if kind != "wsgi":
             return Part(place, target, [dict(self["DEFAULT"])], settings)
         if settings:
             first = min(settings)
-            hint = "a setting: wsgi takes none, paste.app_factory does"
-            raise ValueError(f"[{section}] {first}: {hint}")
-        return Part(place, target, [], {})
+            hint = misplaced([first]) or "; wsgi takes no settings, paste.app_factory does"
+            raise ValueError(f"[{section}] {first}: unknown key{hint}")
+        return Part(place, match[1], [] if match[2] else None, {})
 
 
 def tls_context(certfile: str, keyfile: str) -> ssl.SSLContext | None:
@@ -3101,17 +3211,22 @@ def load_application(config: Config) -> Application:
     importlib.invalidate_caches()  # a module may be newer than what Python remembers of its folder
     use_logs(config)
     place = "[loggers]"
+    settings: dict[str, str] = {}
     application: Any = None
     try:
         if "loggers" in config.ini:
             logging.config.fileConfig(config.ini, disable_existing_loggers=False)
         for part in reversed(config.parts):
             place = part.place
+            settings = part.settings
             application = build(part, application)
     except Exception as error:
         if is_loading_mistake(error):
             reason = reason_of(error, with_type=True)
-            raise ConfigError(f"{config.ini.path}: {place}: {reason}") from None
+            hint = misplaced(settings) if isinstance(error, TypeError) else ""
+            if isinstance(error, ModuleNotFoundError):
+                hint = f"; looked in {sys.path[0]} and in Python's own folders"
+            raise ConfigError(f"{config.ini.path}: {place}: {reason}{hint}") from None
         raise
     return cast(Application, application)
 
@@ -3119,13 +3234,36 @@ def load_application(config: Config) -> Application:
 def build(part: Part, inner: Any) -> Any:
     """-> the application, or the filter around the inner application."""
     found = pkgutil.resolve_name(part.target)
-    if part.arguments:
+    if part.arguments is not None:
         found = found(*part.arguments, **part.settings)
     if inner is not None:
         found = found(inner)
     if not callable(found):
         raise TypeError(f"{found!r} is not callable")
+    if part.arguments is None and cannot_be_an_application(found):
+        attribute = part.target.partition(":")[2]
+        raise TypeError(
+            f"it does not take (environ, start_response); a factory? write {attribute}()"
+        )
     return found
+
+
+def cannot_be_an_application(found: Callable[..., Any]) -> bool:
+    """Does its signature say that it cannot be called with two arguments?
+
+    What a decorator has wrapped does not count: the function around it is what will be called.
+    """
+    import inspect  # here, because it is half a megabyte that many workers do not need
+
+    try:
+        signature = inspect.signature(found, follow_wrapped=False)
+    except Exception:  # it has none, or its annotations cannot be evaluated
+        return False
+    try:
+        signature.bind({}, None)
+    except TypeError:
+        return True
+    return False
 
 
 def is_loading_mistake(error: Exception) -> bool:
@@ -3564,7 +3702,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = read_config(options.config)
     except ConfigError as error:
-        tell(error)
+        wants_ini = re.fullmatch(r"[\w.]+:[\w.]+(\(\))?", options.config)
+        hint = f"; wanted is an ini file with [app:main] wsgi = {options.config}"
+        tell(f"{error}{hint if wants_ini else ''}")
         return 2
     if options.check:  # like nginx -t: a worker loads all of it, and nothing is bound
         config = config._replace(listen={}, workers=1, pidfile="", log_file="-", access_log="off")

@@ -52,6 +52,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import traceback
@@ -3966,6 +3967,9 @@ MISTAKES = [
     (KEY, "worker = 1", "[server:main] worker: unknown key; did you mean workers?"),
     (KEY, "Workers = 1", "[server:main] Workers: unknown key"),
     (KEY, "colour = blue", "[server:main] colour: unknown key"),
+    (KEY, "bind = 127.0.0.1:0", "[server:main] bind: unknown key; here it is listen"),
+    (KEY, "timeout = 30", "[server:main] timeout: unknown key; here they are", "drain_timeout"),
+    (KEY, "reload = true", "[server:main] reload: unknown key; here a SIGHUP reloads"),
     (KEY, "workers = none", "[server:main] workers:"),
     (KEY, "workers = 0", "[server:main] workers:"),
     (KEY, "workers = -1", "[server:main] workers:"),
@@ -3989,7 +3993,9 @@ MISTAKES = [
     (KEY, "access_log = /no/such/folder/log", "[server:main] access_log:"),
     (KEY, "pidfile = /no/such/folder/pid", "[server:main] pidfile:"),
     (KEY, "certfile = /no/such/cert.pem", "[server:main] certfile:", "/no/such/cert.pem"),
-    (KEY, "keyfile = /no/such/key.pem", "[server:main]", "certfile"),
+    (KEY, "keyfile = /no/such/key.pem", "[server:main] keyfile:", "/no/such/key.pem"),
+    (KEY, "keyfile = app.py", "[server:main]", "certfile"),
+    (KEY, "socket_mode = 0668", "[server:main] socket_mode:", "octal"),
     (ADDRESS, "127.0.0.1", LISTEN, "127.0.0.1"),
     (ADDRESS, "127.0.0.1:http", LISTEN, "127.0.0.1:http"),
     (ADDRESS, "127.0.0.1:65536", LISTEN, "127.0.0.1:65536"),
@@ -3998,7 +4004,14 @@ MISTAKES = [
     (ADDRESS, "127.0.0.1:PORT *:PORT", LISTEN, "127.0.0.1:PORT", "*:PORT"),
     (ADDRESS, "127.0.0.1:TAKEN", LISTEN, "127.0.0.1:TAKEN"),
     (ADDRESS, "unix:/no/such/folder/socket", LISTEN, "/no/such/folder"),
+    (ADDRESS, "unix:my site/socket", LISTEN, "site/socket", "no blank"),
+    (ADDRESS, "[fe80::7%%eth0]:8000", LISTEN, "[fe80::7%eth0]:8000", "link-local"),
     (ADDRESS, "", LISTEN),
+    ("[server:main]", "[server]", "[server:main] missing section", "[server]"),
+    ("[server:main]", "[server:site]", "[server:main] missing section", "[server:site]"),
+    ("listen = 127.0.0.1:0", "use = egg:waitress#main\nport = http", LISTEN, "127.0.0.1:http"),
+    ("listen = 127.0.0.1:0", "use = egg:waitress#main\nport = %(http_port)s",
+     "[server:main] port:", "http_port"),
     ("[app:main]", "[app:other]", "app:main"),
     ("[app:main]", PIPELINE + "nosuch app\n[app:app]", "nosuch"),
     ("[app:main]", PIPELINE + "\n[app:app]", "[pipeline:main] pipeline:"),
@@ -4009,7 +4022,11 @@ MISTAKES = [
     (FACTORY, "", "[app:main]"),
     (FACTORY, "paste.app_factory = app", "[app:main] paste.app_factory:"),
     (SETTING, "wsgi = app", "[app:main] wsgi:"),
-    (SETTING, "wsgi = nosuch:app", "[app:main] wsgi:", "nosuch"),
+    (SETTING, "wsgi = nosuch:app", "[app:main] wsgi:", "nosuch", "looked in FOLDER"),
+    (SETTING, "wsgi = app:validate", "[app:main] wsgi:", "a factory? write validate()"),
+    (SETTING, "wsgi = app:validate()", "[app:main] wsgi:", "global_conf"),
+    (SETTING, "wsgi = app:application\nthreads = 2", "threads belongs in [server:main]"),
+    (SETTING, "paste.app_factory = app:validate\nthreads = 2", "threads belongs in [server:main]"),
     (SETTING, "wsgi = app:nosuch", "[app:main] wsgi:", "nosuch"),
     (SETTING, "wsgi = app:HERE", "[app:main] wsgi:", "callable"),
     (FACTORY, "paste.app_factory = nosuch:factory", "[app:main] paste.app_factory:", "nosuch"),
@@ -4032,11 +4049,23 @@ def mistaken():
         yield server
 
 
-def test_a_mistake_is_a_log_file_that_is_a_pipe_without_a_reader(mistaken):
+@pytest.mark.parametrize("key", ["access_log", "certfile", "keyfile", "the ini"])
+def test_a_mistake_is_a_file_that_is_a_pipe_without_another_end(mistaken, key):
     """Guards: the master waits for nobody who might open the other end of a pipe."""
     pipe = mistaken.folder / "pipe"
     os.mkfifo(pipe)
-    mistaken.reload_fails("reload refused: .*access_log.*pipe.*", access_log=pipe)
+    if key == "the ini":
+        stop = run(pipe, cwd=mistaken.folder)
+        assert stop.returncode == 2
+        assert "pipe: not a regular file" in stop.stderr
+        assert is_one_line(stop)
+        os.replace(pipe, mistaken.ini)
+        mistaken.reload_fails(f"reload refused: {mistaken.ini}: not a regular file")
+        mistaken.ini.unlink()
+    else:
+        mistaken.reload_fails(f"reload refused: .*{key}: .*pipe.*", **{key: pipe})
+        pipe.unlink()
+        mistaken.write(**{key: None})
 
 
 def run(*arguments: str | Path, **keywords: Any) -> subprocess.CompletedProcess[str]:
@@ -4074,6 +4103,7 @@ def test_a_mistake_is_one_clear_line(mistaken, replaced, by, expected):
         for word, port in ports.items():
             by = by.replace(word, port)
             expected = [text.replace(word, port) for text in expected]
+        expected = [text.replace("FOLDER", str(mistaken.folder)) for text in expected]
         ini = GOOD.replace(replaced, by, 1)
         mistaken.ini.write_bytes(ini.encode("utf-8", "surrogateescape"))
 
@@ -4098,6 +4128,36 @@ def test_a_mistake_is_one_clear_line(mistaken, replaced, by, expected):
     assert len(mistaken.workers()) == 1
 
 
+# Keys of gunicorn for which hupserve has another name or none. Most were once hinted at as threads.
+FOREIGN_KEYS = """
+    bind ca_certs capture_output chdir check_config daemon default_proc_name errorlog
+    forwarded_allow_ips graceful_timeout group host keepalive limit_request_line logconfig name port
+    preload preload_app proc_name raw_env reload reload_engine reuse_port sendfile spew statsd_host
+    timeout umask user worker_class worker_tmp_dir
+"""
+
+
+def test_a_mistake_gets_no_false_hint():
+    """Guards: a key of another server is not said to be a misspelt one of ours."""
+    code = (
+        "import hupserve, sys\n"
+        "for key in sys.argv[1:]: print(key, hupserve.did_you_mean(key, hupserve.KEYS))\n"
+    )
+    shown = subprocess.run(
+        [PYTHON, "-c", code, *FOREIGN_KEYS.split(), "keep_alive_timeout", "thread"],
+        cwd=HUPSERVE.parent,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    hints = dict(line.split(" ", 1) for line in shown.splitlines())
+    hinted = {key for key in FOREIGN_KEYS.split() if hints[key]}
+    assert hinted <= {"timeout", "keepalive"}, "for these, ELSEWHERE has the true hint"
+    assert hints["keep_alive_timeout"] == "; did you mean keepalive_timeout?"
+    assert hints["thread"] == "; did you mean threads?"
+
+
 def test_a_mistake_in_the_command_line(folder):
     good = folder / "good.ini"
     missing = folder / "none.ini"
@@ -4116,6 +4176,11 @@ def test_a_mistake_in_the_command_line(folder):
         assert stop.returncode == 2, stop
         assert "Traceback" not in stop.stderr
         assert len(stop.stderr.splitlines()) == 1 or stop.stderr.startswith("usage:"), stop
+
+    stop = run("myflask:app", cwd=folder)
+    assert stop.returncode == 2
+    assert is_one_line(stop)
+    assert "wanted is an ini file with [app:main] wsgi = myflask:app" in stop.stderr
 
     stop = run("--version")
     assert stop.returncode == 0
@@ -4232,7 +4297,7 @@ def test_signal_USR1_is_nothing_to_anybody(serve):
     server = serve()
     workers = server.workers()
     for _ in range(10):
-        for number in SIGUSR1, signal.SIGUSR2, signal.SIGTTIN:
+        for number in SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU:
             os.killpg(server.pid, number)
         assert server.get().status == 200
     assert server.workers() == workers
@@ -5237,6 +5302,7 @@ def test_operator_unix_sockets(serve, folder):
     """A socket file has the umask's mode, replaces a stale one, and keeps its inode at a reload.
 
     It is refused where another server is alive, and removed when its address is dropped.
+    socket_mode wins over the umask, at a reload too.
     """
     path = folder / "socket"
     other = folder / "other"
@@ -5244,12 +5310,14 @@ def test_operator_unix_sockets(serve, folder):
         stale.bind(str(path))
     server = serve(listen=f"unix:{path}", prefix=in_shell("umask 077"))
     assert server.addresses == [f"unix:{path}"]
-    assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert server.get(address=path).json["PATH_INFO"] == "/"
 
     inode = path.stat().st_ino
-    server.reload(listen=f"unix:{path} unix:{other}")
+    server.reload(listen=f"unix:{path} unix:{other}", socket_mode="0666")
     assert path.stat().st_ino == inode
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666, "the one that is kept"
+    assert stat.S_IMODE(other.stat().st_mode) == 0o666, "the new one"
     assert server.get(address=other).json["hupserve.generation"] == 2
 
     second = run(server.ini, cwd=folder)
@@ -5258,8 +5326,9 @@ def test_operator_unix_sockets(serve, folder):
     assert is_one_line(second)
     assert server.get(address=path).status == 200, "the second has not taken it away"
 
-    server.reload(listen=f"unix:{other}")
+    server.reload(listen=f"unix:{other}", socket_mode="")
     until(lambda: not path.exists())
+    assert stat.S_IMODE(other.stat().st_mode) == 0o700
 
     # Another server takes the path between the reload's bind and its commit.
     server.write_app(GATE + APPLICATION)
@@ -5344,6 +5413,10 @@ def test_operator_socket_activation(serve, folder):
             load.more()
         assert load.lost == []
         assert server.get(address=path).json["PATH_INFO"] == "/"
+        assert "wait in vain" not in server.log()
+        server.reload(listen=f"127.0.0.1:{tcp.getsockname()[1]}")
+        [warning] = [line for line in server.log().splitlines() if "wait in vain" in line]
+        assert str(path) in warning
 
 
 def monotonic_microseconds() -> int:
@@ -5562,6 +5635,47 @@ def test_operator_nohup_and_setsid_outlive_the_terminal(serve, how):
         until(lambda: load.more(10)[-1] == generation + 1)
     assert load.lost == []
     assert server.process.poll() is None
+
+
+@beyond_core
+def test_operator_a_background_job_may_write_after_stty_tostop(serve):
+    """The terminal sends a TTOU at the first line of the log, which costs nothing.
+
+    Neither do those that anybody sends.
+    """
+    window, line = pty.openpty()
+    shown = []
+
+    def watch():
+        with contextlib.suppress(OSError):  # the terminal's last user has ended
+            while True:
+                shown.append(os.read(window, 4096))
+
+    command = 'stty tostop; set -m; "$@" & echo $! >pid; wait $!'
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    server = serve(
+        port=free_port(),
+        terminal=True,
+        prefix=["sh", "-c", command, "sh"],
+        popen={"stdin": line, "stdout": line, "stderr": line},
+        access_log="-",
+    )
+    server.pid = int(server.log("pid"))
+    assert os.getpgid(server.pid) != os.tcgetpgrp(window), "it is in the background"
+    os.close(line)
+    with Load(server) as load:
+        load.more()
+        for number in (signal.SIGTTOU, signal.SIGTTIN, signal.SIGUSR2):
+            os.killpg(server.pid, number)
+        server.signal()
+        until(lambda: load.more(10)[-1] == 2, "the reload")
+    assert load.lost == []
+    until(lambda: b"generation 2 serves" in b"".join(shown))
+    server.signal(SIGTERM)
+    assert server.process.wait(DEADLINE) == 0
+    watcher.join(DEADLINE)
+    os.close(window)
 
 
 @beyond_core
@@ -5843,6 +5957,76 @@ def test_operator_the_example_runs_as_it_is(serve, folder):
     assert b"good day" not in page.body, "no text of another's is put into markup"
 
 
+@beyond_core
+def test_operator_another_servers_section_is_read(serve):
+    """Guards: `use = egg:waitress#main` with `host` and `port` once served 127.0.0.1:8000.
+
+    What is ignored is one warning, and needs no variables: those may come from a command line.
+    """
+    ports = [free_port(), free_port()]
+    server = serve()
+    texts = [
+        (f"host = 127.0.0.1\nport = {ports[0]}\nunix_socket = %(run)s/x\nidle = 3", ports[0]),
+        (f"listen = 127.0.0.1:{ports[1]}\nhost = 0.0.0.0\nport = %(http_port)s", ports[1]),
+        (f"host =\nport = {ports[0]}", ports[0]),
+        (f"port = {ports[1]}", ports[1]),
+    ]
+    if socket.has_dualstack_ipv6():
+        texts.append((f"host = ::1\nport = {ports[0]}", ports[0]))
+    for text, port in texts:
+        server.put(server.ini.name, f"[server:main]\nuse = egg:x#main\n{text}\n{Server.APP}")
+        server.reload()
+        host = "::1" if "::1" in text else "127.0.0.1"
+        assert server.get(address=(host, port)).json["hupserve.generation"] == server.generation
+    ignored = re.findall(r"WARNING .* ignored: (.*)", server.log())
+    assert ignored == ["unix_socket idle", "host port"]
+
+
+# Each is a way to name an application. The name of the first is on its left, as wsgi has it.
+WAYS = """
+import functools
+from app import application
+
+def create_app():
+    return application
+
+def view(request):
+    return application
+
+@functools.wraps(view)
+def wrapped(environ, start_response):
+    return application(environ, start_response)
+
+class AsClass:
+    def __init__(self, environ, start_response):
+        self.pieces = application(environ, start_response)
+    def __iter__(self):
+        return iter(self.pieces)
+
+class AsMethod:
+    def __call__(self, *arguments):
+        return application(*arguments)
+
+as_object = AsMethod()
+as_partial = functools.partial(lambda name, *arguments: application(*arguments), "name")
+"""
+
+
+@beyond_core
+def test_operator_an_application_is_named_in_many_ways(serve):
+    """A function without arguments makes it, if parentheses say so. No callable is refused that
+    two arguments can be given to, whatever it wraps."""
+    server = serve()
+    server.put("ways.py", WAYS)
+    for name in ("create_app()", "AsMethod()", "wrapped", "AsClass", "as_object", "as_partial"):
+        server.reload(f"[app:main]\nwsgi = ways:{name}\n")
+        assert server.get().json["hupserve.generation"] == server.generation
+    for name in ("create_app", "view", "AsMethod"):
+        server.reload_fails(
+            rf"rolled back: .*a factory\? write {name}\(\)", f"[app:main]\nwsgi = ways:{name}\n"
+        )
+
+
 COMPOSITE = """
 [DEFAULT]
 debug = false
@@ -5982,6 +6166,129 @@ def test_operator_an_ini_that_cannot_be_read_is_a_refused_reload(serve, what):
     server.write()
     server.reload()
     assert server.get().json["hupserve.generation"] > 1
+
+
+# README's examples are taken from README, so that they work as they stand there.
+README = HUPSERVE.with_name("README.md")
+
+
+def readme(language: str, *, having: str = "") -> list[str]:
+    """Return README's blocks in this language that have this text."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+    return [block for block in blocks if having in block]
+
+
+def try_command(*command: str | Path) -> str:
+    """Run a checker of files, if it is installed. It must be content; return what it says."""
+    if not shutil.which(str(command[0])):
+        pytest.skip(f"no {command[0]} command")
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert ended.returncode == 0, ended
+    return ended.stdout + ended.stderr
+
+
+@beyond_core
+def test_operator_readme_knows_every_key_and_its_default():
+    code = "import hupserve; print([(key, one.default) for key, one in hupserve.KEYS.items()])"
+    stop = subprocess.check_output([PYTHON, "-c", code], cwd=HUPSERVE.parent, text=True)
+    rows = re.findall(r"(?m)^\| (`[a-z_`, ]+`) \| *(\S*?) *\|", README.read_text())
+    told = {key: default for keys, default in rows for key in re.findall("[a-z_]+", keys)}
+    for key, default in eval(stop):
+        assert told[key].strip("`") == default, key
+
+
+@beyond_core
+def test_operator_readme_has_ini_files_that_are_read(folder):
+    files = [text for text in readme("ini") if "systemd/" not in text]
+    assert len(files) > 4
+    for number, text in enumerate(files):
+        (folder / f"{number}.ini").write_text(text)
+    code = "import hupserve, sys; [hupserve.read_config(path) for path in sys.argv[1:]]"
+    environment = {**os.environ, "PYTHONPATH": str(HUPSERVE.parent)}
+    paths = map(str, folder.glob("*.ini"))
+    subprocess.run([PYTHON, "-c", code, *paths], cwd=folder, env=environment, check=True)
+
+
+@beyond_core
+def test_operator_readme_has_a_filter_for_the_proxys_headers(serve):
+    for text in readme("python"):
+        compile(text, "README.md", "exec")
+    [code] = readme("python", having="def proxyfix")
+    [ini] = readme("ini", having="[filter:proxyfix]")
+    server = serve()
+    server.put("myfilters.py", code)
+    server.reload(ini.replace("mysite.wsgi:application", "app:application"))
+    seen = server.get("/", "X-Forwarded-For: 6.6.6.6, 192.0.2.7", "X-Forwarded-Proto: https").json
+    assert seen["REMOTE_ADDR"] == "192.0.2.7"
+    assert seen["wsgi.url_scheme"] == "https"
+    assert server.get("/").json["REMOTE_ADDR"] == "127.0.0.1"
+
+
+@beyond_core
+def test_operator_readme_has_a_unit_that_systemd_understands(folder):
+    for text in readme("ini", having="# /etc/systemd/system/"):
+        name = Path(text.splitlines()[0]).name
+        (folder / name).write_text(text)
+    version = int(try_command("systemd-analyze", "--version").split()[1])
+    unit = folder / "hupserve.service"
+    if version < 253:  # as README says
+        unit.write_text(unit.read_text().replace("notify-reload", "notify"))
+    said = try_command("systemd-analyze", "verify", unit, folder / "hupserve.socket")
+    assert "hupserve.s" not in said
+
+
+@beyond_core
+def test_operator_readme_has_an_upstream_that_nginx_understands(folder):
+    [block] = readme("nginx")
+    block = block.replace("listen 80;", f"listen 127.0.0.1:{free_port()};")  # 80 may be taken
+    config = folder / "nginx.conf"
+    config.write_text(f"pid {folder}/pid;\nevents {{}}\nhttp {{\n{block}}}\n")
+    try_command("nginx", "-t", "-p", folder, "-c", config, "-g", "error_log stderr;")
+
+
+@beyond_core
+def test_operator_readme_has_a_loop_that_forgets_no_change(serve, folder):
+    """A ConfigMap changes as kubelet changes it: the link ..data leads to another folder then."""
+    [block] = readme("yaml")
+    loop = re.search(r"- \|\n(.*?done\n)", block, re.DOTALL)[1]
+    loop = textwrap.dedent(loop).replace("sleep 2", "sleep 0.1")
+    loop = loop.replace("/etc/hupserve", f"{folder}/etc").replace("/run/hupserve", str(folder))
+    mount = folder / "etc"
+    mount.mkdir()
+    (mount / "app.ini").symlink_to("..data/app.ini")
+    server = Server(folder, pidfile=folder / "pid")
+    server.ini = mount / "app.ini"
+    versions = itertools.count()
+
+    def publish() -> None:
+        version = mount / f"..{next(versions)}"
+        version.mkdir()
+        lines = [f"{key} = {value}\n" for key, value in server.keys.items()]
+        (version / "app.ini").write_text("[server:main]\n" + "".join(lines) + server.sections)
+        (mount / "new").symlink_to(version.name)
+        os.replace(mount / "new", mount / "..data")
+
+    server.write = publish
+    sidecar = subprocess.Popen(["sh", "-c", loop], stderr=subprocess.DEVNULL)
+    try:
+        with server:
+            server.wait_log("generation 2 serves")  # what it had seen before the server was there
+            server.keys["workers"] = 3
+            publish()
+            until(lambda: len(server.workers()) == 3)
+            # A change that cannot be delivered, as while hupserve starts.
+            (folder / "pid").rename(folder / "kept")
+            server.keys["workers"] = 1
+            publish()
+            time.sleep(0.5)
+            (folder / "kept").rename(folder / "pid")
+            until(lambda: len(server.workers()) == 1)
+            served = re.findall("generation . serves", server.log())
+            time.sleep(0.5)
+            assert re.findall("generation . serves", server.log()) == served, "and no more"
+    finally:
+        sidecar.kill()
+        sidecar.wait()
 
 
 @beyond_core
