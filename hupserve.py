@@ -2768,7 +2768,7 @@ def is_loading_mistake(error: Exception) -> bool:
 
 
 # Logs
-PATIENCE = 0.1  # seconds a record waits for room: a reader that is alive has made some by then
+PATIENCE = 0.25  # seconds a record waits for room: a reader that is alive has made some by then
 NOTIFY_TIMEOUT = 1.0  # seconds for systemd to make room for a datagram
 DATED = logging.Formatter("%(asctime)s [%(process)d] %(levelname)s %(message)s")
 PLAIN = logging.Formatter("%(message)s")
@@ -2793,6 +2793,12 @@ class Log(logging.Handler):
             self.lost += 1
             if self.lost == 1:
                 self.complain(error)
+
+    def flush(self) -> None:
+        """(main thread) logging.shutdown() calls this at the process's end: the last chance."""
+        if self.lost:
+            text = "this process ends"
+            self.handle(logging.LogRecord(log.name, logging.INFO, "", 0, text, None, None))
 
     def encoded(self, record: logging.LogRecord) -> bytes:
         """-> the record's lines. Before them stands, if there is a gap, how many were lost."""
