@@ -2163,18 +2163,26 @@ os.open = open
 """
 
 
-def test_15_but_a_reader_that_is_alive_gets_every_line(serve, folder):
+SLOW_READER = """
+import os, sys, time
+while data := os.read(0, 65536):
+    sys.stdout.buffer.write(data)
+    time.sleep(0.02)
+"""
+
+
+def test_15_but_a_reader_that_is_slow_gets_every_line(serve, folder):
     """Guards: a record waits a moment for a pipe that is full just now."""
     stuck = StuckReader("pipe")
     output = {"stdout": stuck.writer, "stderr": stuck.writer}
     server = serve(port=free_port(), popen=output, access_log="-")
     with open(folder / "read", "wb") as file, server.connect() as client:
-        cat = subprocess.Popen(["cat"], stdin=stuck.reader, stdout=file)
+        slow = subprocess.Popen([PYTHON, "-c", SLOW_READER], stdin=stuck.reader, stdout=file)
         stuck.close()
         for _ in range(1000):
             client.get("/", f"User-Agent: {'x' * 3000}")  # less than PIPE_BUF: a line is whole
         server.stop(SIGINT)
-        assert cat.wait(DEADLINE) == 0
+        assert slow.wait(DEADLINE) == 0
     lines = server.log("read")
     assert lines.count('"GET / HTTP/1.1" 200') == 1000
     assert "could not be written" not in lines
