@@ -340,6 +340,8 @@ class Master:
         """A stop is a reload to a configuration without addresses. It keeps the pidfile so far."""
         self.stopping = True
         self.sighup_waits = False
+        if self.upcoming and self.current.number:
+            self.notify("READY=1", "the reload is given up")
         self.notify(
             "STOPPING=1", f"{signum.name}: stopping, when every request that has begun is answered"
         )
@@ -2769,7 +2771,6 @@ def is_loading_mistake(error: Exception) -> bool:
 
 # Logs
 PATIENCE = 0.25  # seconds a record waits for room: a reader that is alive has made some by then
-NOTIFY_TIMEOUT = 1.0  # seconds for systemd to make room for a datagram
 DATED = logging.Formatter("%(asctime)s [%(process)d] %(levelname)s %(message)s")
 PLAIN = logging.Formatter("%(message)s")
 
@@ -2778,6 +2779,7 @@ class Log(logging.Handler):
     """Where lines go. A line that cannot be written is lost, and nothing else happens.
 
     No buffer is in between: what cannot be written now must not fail again at the process's end.
+    close() is not overridden: the application's dictConfig() closes every handler there is.
     """
 
     file: Any  # a FileIO or a socket, which never waits
@@ -2795,13 +2797,13 @@ class Log(logging.Handler):
                 self.complain(error)
 
     def flush(self) -> None:
-        """(main thread) logging.shutdown() calls this at the process's end: the last chance."""
+        """(main thread) The last chance: logging.shutdown() calls this at the process's end."""
         if self.lost:
             text = "this process ends"
             self.handle(logging.LogRecord(log.name, logging.INFO, "", 0, text, None, None))
 
     def encoded(self, record: logging.LogRecord) -> bytes:
-        """-> the record's lines. Before them stands, if there is a gap, how many were lost."""
+        """-> the record's lines. If some were lost, their number stands before them."""
         text = self.format(record) + "\n"
         if self.lost:
             what = "%d log lines before this one could not be written"
@@ -2838,7 +2840,7 @@ class Log(logging.Handler):
         return os.write(self.file.fileno(), data)
 
     def complain(self, error: Exception) -> None:
-        """A first line was lost."""
+        """Say elsewhere that a line was lost, the first one after others were written."""
 
 
 class StderrLog(Log):
@@ -2921,6 +2923,7 @@ class LogFile(Log):
         tell(f"{self.path}: {reason_of(error)}")
 
     def undo(self) -> None:
+        """(master) The commit has failed: nothing has been written yet."""
         self.file.close()
         if self.is_created:
             with contextlib.suppress(OSError):
@@ -2974,7 +2977,7 @@ def open_log(config: Config, key: str, undo: contextlib.ExitStack) -> logging.Ha
 
 
 def use_logs(logs: Logs, of_others: Collection[str] = ()) -> None:
-    """Write to these from now on, and close the files that were used so far. It cannot fail."""
+    """Write to these from now on, and close the files that were used so far. This cannot fail."""
     for before in logs_in_use.values():
         if isinstance(before.handler, LogFile):
             before.handler.file.close()
@@ -3016,6 +3019,7 @@ def loggers_named_by(ini: Ini) -> set[str]:
 
 # Pidfile and systemd
 LONGEST_PIDFILE = 4096  # bytes; another program's may have more than a number in it
+NOTIFY_TIMEOUT = 1.0  # seconds for systemd to make room for a datagram
 
 
 def write_pidfile(config: Config, undo: contextlib.ExitStack) -> None:
@@ -3076,10 +3080,11 @@ def take_notify_socket() -> str:
 
 
 def sd_notify(address: str, state: str, status: str) -> None:
-    """Tell systemd, if it gave an address: lines of KEY=VALUE, and a STATUS (sd_notify(3)).
+    """(master) Tell systemd, if it gave an address: KEY=VALUE lines and a STATUS (sd_notify(3)).
 
-    It drops a datagram of more than 4,096 bytes; a character has 4 at most. While it is busy its
-    queue may be full. It would wait for a lost READY=1, so the master waits here for a moment.
+    It drops a datagram of more than 4,096 bytes; a character has 4 at most. While systemd is busy
+    its queue may be full. It would wait for ever for a READY=1 that was lost. So the master waits
+    here, nowhere else, for a moment.
     """
     if address:
         readable = status.encode(errors="backslashreplace").decode()

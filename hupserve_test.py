@@ -2141,9 +2141,12 @@ def test_15_a_reader_that_is_stuck_costs_lines_and_nothing_else(serve, folder, k
         found = until(lambda: re.search(r"(\d+) log lines .*could not be written", stuck.read()))
         assert int(found[1]) > 10
         fill()
+        stuck.read()
         [worker] = server.workers()
         server.signal(SIGHUP)
         until(lambda: not alive(worker))
+        assert re.search(r"(\d+) log lines .*could not be written\s+.*process ends", stuck.read())
+        fill()
         server.stop(SIGTERM)
     finally:
         stuck.close()
@@ -3810,7 +3813,12 @@ def test_operator_sd_notify(serve, folder, abstract):
         notifications.wait_for_reload_since(began)
         notifications.next("READY")
 
+        # A reload that is given up for a stop is answered, too.
+        server.touch("gate")
+        server.signal()
+        notifications.next("RELOADING")
         server.signal(SIGTERM)
+        notifications.next("READY")
         notifications.next("STOPPING")
         assert server.process.wait(DEADLINE) == 0
         assert notifications.socket.recv(notifications.LARGEST) == b"STATUS=stopped"
