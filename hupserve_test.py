@@ -2126,7 +2126,10 @@ def test_15_a_reader_that_is_stuck_costs_lines_and_nothing_else(serve, folder, k
     def fill():
         """Write more than the kernel has room for between the server and its reader."""
         for _ in range(100):
-            assert server.get("/", f"User-Agent: {'x' * 4000}").status == 200
+            with server.connect() as client:
+                answer = client.get("/", f"User-Agent: {'x' * 4000}", "Connection: close")
+                assert answer.status == 200
+                assert client.ended()  # then it has been logged
 
     try:
         began = time.monotonic()
