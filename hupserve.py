@@ -344,7 +344,9 @@ class Master:
             self.maintain_workers()
             self.watch_workers()
         release_pidfile(self.current.config.pidfile)
-        log.log(logging.INFO if self.current.number else logging.DEBUG, "stopped")
+        if self.current.number:
+            log.info("stopped")
+            sd_notify(self.notify_socket, "", "stopped")
         return self.status
 
     def wait(self) -> None:
@@ -392,6 +394,8 @@ class Master:
         self.sighup_waits = False
         if signum == signal.SIGINT:
             self.stop_grace = 0
+        if self.upcoming and self.current.number:
+            self.notify("READY=1", "the reload is given up")
         self.notify(
             "STOPPING=1", f"{signum.name}: stopping, when every request that has begun is answered"
         )
@@ -546,18 +550,25 @@ class Master:
                 raise OSError(errno.EEXIST, f"overlaps {other}, which is being served")
 
     def commit(self, new: Generation) -> None:
-        """Every new worker is ready, none has accepted anything: the new generation takes over."""
+        """Every new worker is ready, none has accepted anything: the new generation takes over.
+
+        What a step has created is gone again if a later step fails. No client has noticed anything
+        then, for listen() is the last of them.
+        """
         old = self.current
         if not new.config.listen:  # this was a --check
             self.roll_back(f"{new.config.ini.path}: good", 0)
             return
+        undo = contextlib.ExitStack()
         try:
-            claim_pidfile(new.config, self.children)
+            logs = open_logs(new.config, undo)
+            write_pidfile(new.config, undo)
             self.listen(new, old)
-            use_logs(new.config)
         except ConfigError as error:
+            undo.close()
             self.roll_back(str(error))
             return
+        use_logs(logs)
         self.current = new
         self.upcoming = None
         new.enter(Stage.CURRENT)
@@ -593,7 +604,7 @@ class Master:
         self.stopping = True
         self.sighup_waits = False
         self.status = max(status, self.status) if status else 0
-        tell(reason)
+        tell(reason, logging.ERROR if status else logging.INFO)
 
     def settle(self, heir: Generation, *others: Generation | None) -> None:
         """A commit, a roll-back and a stop all end here: let go of what only the others have.
@@ -634,7 +645,7 @@ class Master:
     def notify(self, state: str, outcome: str, level: int = logging.INFO) -> None:
         """Tell the log, the page and, if it started us, systemd, which waits for a reload's end."""
         log.log(level, "%s", outcome)
-        sd_notify(self.notify_socket, f"{state}\nSTATUS={outcome}")
+        sd_notify(self.notify_socket, state, outcome)
         word = state.partition("=")[0].lower()
         self.show(word, outcome, has_failed=level >= logging.ERROR)
 
@@ -878,6 +889,7 @@ class WorkerLife:
         for word, *arguments in self.line.hear():
             if word == "go":
                 self.enter(SERVING)
+                use_new_logs(self.config)
             elif word == "drain":
                 dropped, grace = arguments
                 self.drain(dropped, grace)
@@ -2391,13 +2403,16 @@ class ErrorsToLog(io.TextIOBase):
         return len(text)
 
 
+MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
+
+
 def log_access(connection: Connection, status: str, sent: int) -> None:
     """(owner) Log in the combined format, plus the seconds since the request was dispatched."""
     environ = connection.request.environ if connection.request else {}
     access_log.info(
         '%s - - [%s] "%s" %s %d "%s" "%s" %.6f',
         connection.client,
-        time.strftime("%d/%b/%Y:%H:%M:%S %z"),
+        access_time(int(time.time())),
         connection.line,
         status,
         sent,
@@ -2405,6 +2420,13 @@ def log_access(connection: Connection, status: str, sent: int) -> None:
         escaped(environ.get("HTTP_USER_AGENT", "-")),
         time.monotonic() - connection.since,
     )
+
+
+@functools.lru_cache(maxsize=2)
+def access_time(epoch_second: int) -> str:
+    """-> '30/Nov/2026:20:27:10 +0000'. %b would follow the application's locale."""
+    now = time.localtime(epoch_second)
+    return time.strftime(f"%d/{MONTHS[now.tm_mon - 1]}/%Y:%H:%M:%S %z", now)
 
 
 def escaped(text: str) -> str:
@@ -2814,8 +2836,15 @@ class ForkGuard:
 # Configuration first: text goes in, one immutable object comes out. Then logs, pidfile, systemd,
 # the status page with the demo, and the command line.
 # ==================================================================================================
+LONGEST_LINE = 1000  # characters of a mistake or a STATUS
+GAP = " ... "
+
+
 class ConfigError(Exception):
     """The operator's mistake, in one line: file, section, key and reason."""
+
+    def __init__(self, text: str):
+        super().__init__(shortened(text))
 
 
 class Config(NamedTuple):
@@ -2866,6 +2895,15 @@ def reason_of(error: BaseException, with_type: bool = False) -> str:
     if with_type:
         return " ".join(f"{type(error).__name__}: {error}".split())
     return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+def shortened(text: str) -> str:
+    """-> one line. What is too much in the middle is left out: the reason is often the end."""
+    line = " ".join(text.split())
+    if len(line) <= LONGEST_LINE:
+        return line
+    half = (LONGEST_LINE - len(GAP)) // 2
+    return line[:half] + GAP + line[-half:]
 
 
 def mistake(config: Config, key: str, reason: str) -> str:
@@ -2991,13 +3029,17 @@ def regular_file_opener(path: str, flags: int) -> int:
 
 
 def log_path(text: str) -> str:
-    """'off', '-' or a file. The file is opened once here, so that a commit does not fail for it."""
+    """'off', '-' or a file, which can be written or created. Nothing is created here."""
     if text in ("off", "-"):
         return text
     path = os.path.abspath(text)
-    # O_NONBLOCK: a FIFO without a reader is an error here, not a wait.
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-    os.close(os.open(path, flags, 0o666))
+    try:
+        os.close(open_at_once(path, os.O_WRONLY | os.O_APPEND))
+    except FileNotFoundError:
+        folder = os.path.dirname(os.path.realpath(path))
+        os.stat(folder)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "cannot be created in its folder") from None
     return path
 
 
@@ -3209,7 +3251,6 @@ def load_application(config: Config) -> Application:
     The application's own exceptions pass.
     """
     importlib.invalidate_caches()  # a module may be newer than what Python remembers of its folder
-    use_logs(config)
     place = "[loggers]"
     settings: dict[str, str] = {}
     application: Any = None
@@ -3228,6 +3269,8 @@ def load_application(config: Config) -> Application:
                 hint = f"; looked in {sys.path[0]} and in Python's own folders"
             raise ConfigError(f"{config.ini.path}: {place}: {reason}{hint}") from None
         raise
+    finally:  # the traceback of an application that does not load must be seen, too
+        take_back_loggers(loggers_named_by(config.ini))
     return cast(Application, application)
 
 
@@ -3281,97 +3324,307 @@ def is_loading_mistake(error: Exception) -> bool:
 
 
 # Logs
-class LogFile(logging.handlers.WatchedFileHandler):
-    """Follows rotation. A log that cannot be written costs lines; stderr is told of it once."""
+PATIENCE = 0.25  # seconds a record waits for room: a reader that is alive has made some by then
+DATED = logging.Formatter("%(asctime)s [%(process)d] %(levelname)s %(message)s")
+PLAIN = logging.Formatter("%(message)s")
 
-    has_failed = False
+
+class Log(logging.Handler):
+    """Where lines go. A line that cannot be written is lost, and nothing else happens.
+
+    No buffer is in between: what cannot be written now must not fail again at the process's end.
+    close() is not overridden: the application's dictConfig() closes every handler there is.
+    """
+
+    file: Any  # a FileIO or a socket, which never waits
+    lost = 0  # records since the last one that could be written
+    is_cut = False  # the last line has no end
 
     def emit(self, record: logging.LogRecord) -> None:
+        """(any thread) logging's lock lets one in at a time."""
         try:
-            super().emit(record)
-        except OSError:  # the file was rotated, and the new one cannot be opened
-            self.handleError(record)
+            self.write_all(self.encoded(record))
+            self.lost = 0
+        except Exception as error:
+            self.lost += 1
+            if self.lost == 1:
+                self.complain(error)
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self.has_failed:
-            self.has_failed = True
-            error = sys.exc_info()[1]
-            tell(f"{self.baseFilename}: {reason_of(error) if error else 'cannot be written'}")
+    def flush(self) -> None:
+        """(main thread) The last chance: logging.shutdown() calls this at the process's end."""
+        if self.lost:
+            text = "this process ends"
+            self.handle(logging.LogRecord(log.name, logging.INFO, "", 0, text, None, None))
+
+    def encoded(self, record: logging.LogRecord) -> bytes:
+        """-> the record's lines. If some were lost, their number stands before them."""
+        text = self.format(record) + "\n"
+        if self.lost:
+            what = "%d log lines before this one could not be written"
+            gap = logging.LogRecord(log.name, logging.WARNING, "", 0, what, (self.lost,), None)
+            text = f"{self.format(gap)}\n{text}"
+        if self.is_cut:
+            text = f"\n{text}"
+        return text.encode(errors="backslashreplace")
+
+    def format(self, record: logging.LogRecord) -> str:
+        layout = DATED if record.name == log.name else PLAIN
+        return layout.format(record)
+
+    def write_all(self, data: bytes) -> None:
+        """Raises OSError: there is no room for all of it.
+
+        A reader that is alive but slow gets a moment for each record. One that is stuck has cost a
+        record already: then nobody waits for it any more, until it has made room.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while data:
+            try:
+                count = self.write(data)
+            except BlockingIOError:
+                patience = 0 if self.lost else deadline - time.monotonic()
+                if patience <= 0 or not is_ready(self.file, select.POLLOUT, patience):
+                    raise
+                continue
+            data = data[count:]
+            self.is_cut = bool(data)
+
+    def write(self, data: bytes) -> int:
+        """-> how many bytes there was room for. Raises BlockingIOError: for none."""
+        return os.write(self.file.fileno(), data)
+
+    def complain(self, error: Exception) -> None:
+        """Say elsewhere that a line was lost, the first one after others were written."""
 
 
-def use_logs(config: Config) -> None:
-    """Send both logs where the configuration says. After a ConfigError nothing has changed."""
-    log_handler = open_log(config, "log_file", config.log_file)
-    access_handler = open_log(config, "access_log", config.access_log)
-    layout = "%(asctime)s [%(process)d] %(levelname)s %(message)s"
-    log_handler.setFormatter(logging.Formatter(layout))
-    replace_handler(log, log_handler)
-    replace_handler(access_log, access_handler)
-    log.setLevel(config.log_level)
-    access_log.setLevel(logging.INFO)
+class StderrLog(Log):
+    """stderr, by a descriptor of our own: the application may close or redirect its number 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            copy = os.dup(2)
+        except OSError:  # it is closed
+            copy = os.open(os.devnull, os.O_WRONLY)
+        status = os.fstat(copy)
+        journal = os.environ.get("JOURNAL_STREAM")  # systemd.exec(5): device and inode
+        self.is_journal = journal == f"{status.st_dev}:{status.st_ino}"
+        self.is_socket = stat.S_ISSOCK(status.st_mode)
+        self.may_wait = not self.is_socket and not stat.S_ISREG(status.st_mode)
+        if self.may_wait:
+            # O_NONBLOCK belongs to the open pipe or terminal, which other programs share. So open
+            # it once more, where that is possible. (A file's position must stay the common one.)
+            with contextlib.suppress(OSError):
+                again = open_at_once(f"/proc/self/fd/{copy}", os.O_WRONLY | os.O_APPEND)
+                os.close(copy)
+                copy = again
+                self.may_wait = False
+        self.file = socket.socket(fileno=copy) if self.is_socket else io.FileIO(copy, "w")
+
+    def write(self, data: bytes) -> int:
+        if self.is_socket:
+            return cast(int, self.file.send(data, socket.MSG_DONTWAIT))
+        if self.may_wait:  # poll() promises room for no more than PIPE_BUF bytes
+            if not is_ready(self.file, select.POLLOUT, 0):
+                raise BlockingIOError
+            data = data[: select.PIPE_BUF]
+        return super().write(data)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The journal adds time and pid. A line begins with its priority (sd-daemon(3))."""
+        if not self.is_journal:
+            return super().format(record)
+        syslog = logging.handlers.SysLogHandler
+        priority = syslog.priority_names[syslog.priority_map.get(record.levelname, "warning")]
+        lines = PLAIN.format(record).split("\n")
+        return "\n".join(f"<{priority}>{line}" for line in lines)
 
 
-def open_log(config: Config, key: str, path: str) -> logging.Handler:
+@functools.cache
+def stderr_log() -> StderrLog:
+    """-> the one of this process and its children."""
+    return StderrLog()
+
+
+class LogFile(Log):
+    """A file. It is followed when it is rotated."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.path = path
+        self.is_created = not os.path.exists(path)
+        self.file = self.open_file()
+
+    def open_file(self) -> io.FileIO:
+        file = io.FileIO(self.path, "ab", opener=open_at_once)
+        self.status = os.fstat(file.fileno())
+        return file
+
+    def write(self, data: bytes) -> int:
+        if not self.is_in_place():
+            rotated = self.file
+            self.file = self.open_file()
+            rotated.close()
+        return super().write(data)
+
+    def is_in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), self.status)
+        except FileNotFoundError:
+            return False
+
+    def complain(self, error: Exception) -> None:
+        tell(f"{self.path}: {reason_of(error)}")
+
+    def undo(self) -> None:
+        """(master) The commit has failed: nothing has been written yet."""
+        self.file.close()
+        if self.is_created:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.realpath(self.path))
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """os.open() that does not wait for the other side of a pipe. -> a descriptor that never waits.
+
+    A terminal does not become ours.
+    """
+    try:
+        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            error.strerror = "a pipe that nobody reads, or a socket"
+        raise
+
+
+class LogUse(NamedTuple):
+    """What one of our loggers does."""
+
+    handler: logging.Handler
+    level: int
+
+
+Logs = dict[logging.Logger, LogUse]
+logs_in_use: Logs = {}
+
+
+def open_logs(config: Config, undo: contextlib.ExitStack) -> Logs:
+    """-> the configuration's logs, open. Raises ConfigError. `undo` gets what takes this back."""
+    return {
+        log: LogUse(open_log(config, "log_file", undo), config.log_level),
+        access_log: LogUse(open_log(config, "access_log", undo), logging.INFO),
+    }
+
+
+def open_log(config: Config, key: str, undo: contextlib.ExitStack) -> logging.Handler:
+    path = getattr(config, key)
     if path == "off":
         return logging.NullHandler()
     if path == "-":
-        return logging.StreamHandler()
+        return stderr_log()
     try:
-        return LogFile(path, errors="backslashreplace")
+        file = LogFile(path)
     except OSError as error:
         raise ConfigError(mistake(config, key, f"{path}: {reason_of(error)}")) from None
+    undo.callback(file.undo)
+    return file
 
 
-def replace_handler(logger: logging.Logger, handler: logging.Handler) -> None:
-    for old in logger.handlers:
-        with contextlib.suppress(OSError):  # close() flushes again, and the disk may still be full
-            old.close()
-    logger.handlers = [handler]
-    logger.propagate = False
+def use_logs(logs: Logs, of_others: Collection[str] = ()) -> None:
+    """Write to these from now on, and close the files that were used so far. This cannot fail."""
+    for before in logs_in_use.values():
+        if isinstance(before.handler, LogFile):
+            before.handler.file.close()
+    logs_in_use.update(logs)
+    take_back_loggers(of_others)
+
+
+def use_new_logs(config: Config) -> None:
+    """(worker) The master has opened them just before. Should it fail here, the old ones stay."""
+    try:
+        logs = open_logs(config, contextlib.ExitStack())
+    except ConfigError as error:
+        log.error("%s", error)
+        return
+    use_logs(logs, loggers_named_by(config.ini))
+
+
+def take_back_loggers(of_others: Collection[str]) -> None:
+    """Undo what the application's dictConfig(), fileConfig() and disable() have done to ours.
+
+    of_others: names of loggers whose handlers are the ini's.
+    """
+    for logger, (handler, level) in logs_in_use.items():
+        logger.disabled = False
+        # disable() writes to the manager of all loggers. With one of its own ours do not hear it.
+        logger.manager = logging.Manager(logger)  # type: ignore[arg-type]
+        if logger.name not in of_others:
+            logger.handlers = [handler]
+            logger.propagate = False
+            logger.setLevel(level)
+
+
+def loggers_named_by(ini: Ini) -> set[str]:
+    """-> the names of the loggers that [loggers] sets up."""
+    keys = ini.get("loggers", "keys", raw=True, fallback="").split(",")
+    sections = [f"logger_{key.strip()}" for key in keys]
+    return {ini.get(section, "qualname", raw=True, fallback="") for section in sections}
 
 
 # Pidfile and systemd
-def claim_pidfile(config: Config, children: Collection[int]) -> None:
-    """Write our pid. Raises ConfigError: it cannot be written, or names a living stranger."""
+LONGEST_PIDFILE = 4096  # bytes; another program's may have more than a number in it
+NOTIFY_TIMEOUT = 1.0  # seconds for systemd to make room for a datagram
+
+
+def write_pidfile(config: Config, undo: contextlib.ExitStack) -> None:
+    """Write our pid over whatever is there, as nginx does. Raises ConfigError.
+
+    undo gets what puts back the file as it was.
+    """
     path = config.pidfile
     if not path:
         return
     try:
-        pid = pid_in(path)
-        if pid == os.getpid():
+        before = read_pidfile(path)
+        if names_us(before):
             return  # were it written again, somebody could find it empty
-        if pid not in children and is_alive(pid):
-            raise FileExistsError(errno.EEXIST, f"it names process {pid}, which is alive")
-        with open(path, "w") as file:
-            print(os.getpid(), file=file)
+        undo.callback(put_back_pidfile, path, before)
+        overwrite(path, b"%d\n" % os.getpid())
     except OSError as error:
         raise ConfigError(mistake(config, "pidfile", f"{path}: {reason_of(error)}")) from None
 
 
-def pid_in(path: str) -> int:
-    """-> the pid in the file, or 0 if there is none."""
+def read_pidfile(path: str) -> bytes | None:
+    """-> what is in it; None if there is no such file."""
     try:
-        with open(path) as file:
-            return int(file.read(32))
-    except (FileNotFoundError, ValueError):
-        return 0
+        with io.FileIO(path, "r", opener=open_at_once) as file:
+            return file.read(LONGEST_PIDFILE)
+    except FileNotFoundError:
+        return None
 
 
-def is_alive(pid: int) -> bool:
-    if pid <= 0:
-        return False
-    try:
-        os.getpgid(pid)
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
+def names_us(text: bytes | None) -> bool:
+    return (text or b"").strip() == b"%d" % os.getpid()
+
+
+def overwrite(path: str, data: bytes) -> None:
+    with io.FileIO(path, "w", opener=open_at_once) as file:
+        file.write(data)
+
+
+def put_back_pidfile(path: str, before: bytes | None) -> None:
+    with contextlib.suppress(OSError):
+        if before is None:
+            os.unlink(path)
+        else:
+            overwrite(path, before)
 
 
 def release_pidfile(path: str) -> None:
     """Remove the file if it still names us. If it does not, it has become another master's."""
     if path:
         with contextlib.suppress(OSError):
-            if pid_in(path) == os.getpid():
+            if names_us(read_pidfile(path)):
                 os.unlink(path)
 
 
@@ -3380,12 +3633,20 @@ def take_notify_socket() -> str:
     return re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))
 
 
-def sd_notify(address: str, message: str) -> None:
-    """Send lines of KEY=VALUE to systemd, if it gave an address (sd_notify(3))."""
+def sd_notify(address: str, state: str, status: str) -> None:
+    """(master) Tell systemd, if it gave an address: KEY=VALUE lines and a STATUS (sd_notify(3)).
+
+    It drops a datagram of more than 4,096 bytes; a character has 4 at most. While systemd is busy
+    its queue may be full. It would wait for ever for a READY=1 that was lost. So the master waits
+    here, nowhere else, for a moment.
+    """
     if address:
+        readable = status.encode(errors="backslashreplace").decode()
+        lines = f"{state}\nSTATUS={shortened(readable)}".lstrip()
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(NOTIFY_TIMEOUT)
             sock.connect(address)
-            sock.send(message.encode(errors="backslashreplace"), socket.MSG_DONTWAIT)
+            sock.send(lines.encode())
 
 
 # Status and demo: the two applications that ship with it
@@ -3641,10 +3902,10 @@ def demo_app(global_conf: Mapping[str, str], greeting: str = "hello") -> Applica
 
 
 # Command line
-def tell(reason: object) -> None:
-    """Say something to the person at the terminal."""
-    with contextlib.suppress(OSError):  # nobody reads it
-        print(f"hupserve: {reason}", file=sys.stderr, flush=True)
+def tell(reason: object, level: int = logging.ERROR) -> None:
+    """Say something to the person at the terminal, whatever the log_file."""
+    record = logging.LogRecord("", level, "", 0, "hupserve: %s", (reason,), None)
+    stderr_log().handle(record)
 
 
 def count_workers(config: Config) -> str:
@@ -3664,7 +3925,7 @@ def announce(generation: Generation) -> None:
         port = listeners[0].getsockname()[1]
         places.append(f"{scheme}://{host}:{port}")
     what = f"serving {config.ini.path} on {' '.join(places)} with {count_workers(config)}"
-    tell(f"{what}; to reload it: kill -HUP {os.getpid()}")
+    tell(f"{what}; to reload it: kill -HUP {os.getpid()}", logging.INFO)
 
 
 def serve(config: Config) -> int:
@@ -3676,7 +3937,9 @@ def serve(config: Config) -> int:
     sys.modules.setdefault("hupserve", sys.modules[__name__])
     try:
         sys.path.insert(0, os.getcwd())  # now: it may be gone when a replacement starts
-        use_logs(config)
+        # Its own logs are opened at the commit. A start that fails creates nothing.
+        before = config._replace(log_file="-", access_log="off")
+        use_logs(open_logs(before, contextlib.ExitStack()))
         master = Master(config)
     except (OSError, ConfigError) as error:
         tell(reason_of(error))
