@@ -732,6 +732,7 @@ def run_worker(generation: Generation, number: int, slot: int, line: Line) -> No
     worker.report()
     worker.application = load_application(generation.config)
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
+    worker.warm_up()
     # 3. Serve, when the master says "go", until it has drained.
     worker.enter(READY)
     line.say("ready")
@@ -1018,6 +1019,16 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             return
         self.threads += 1
         self.thread_pause.end()
+
+    def warm_up(self) -> None:
+        """(main thread) Do what the first requests need, before clients wait for it.
+
+        At a reload all clients connect within milliseconds. A process is slow in what it does for
+        the first time: memory that it shares with the master is copied then, page by page.
+        """
+        self.start_thread()
+        parse_head(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        begin_head("200 OK", (("Content-Type", "text/plain"), ("Content-Length", "0")), 0)
 
     def work(self) -> None:
         """(request thread) Do one job after another.
