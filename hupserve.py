@@ -1313,7 +1313,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def discard(self, connection: Connection) -> None:
         """(main thread) Discard one piece: endless input must not keep this thread from others.
 
-        It is read past TLS, which takes no more input after its close_notify.
+        It is read past TLS: to decrypt it would be work for nothing.
         """
         try:
             came = socket.socket.recv(connection.sock, PIECE)
@@ -1329,7 +1329,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def end_idle_lingering(self) -> None:
         """(main thread) Close the closing connections whose clients do nothing any more.
 
-        No event tells that a client has taken a part of its answer, so this looks at them in turns.
+        No event tells that a client has taken a part of its answer. So this looks every LINGER_LOOK
+        seconds at what is left of it. (The overall limit is the `deadline`, as in all states.)
         """
         if self.now < self.look_at:
             return
