@@ -953,6 +953,7 @@ def run_worker(child: Child, line: Line) -> None:
     worker.application = load_application(worker.config)
     raise_descriptor_limit(worker)
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
+    worker.warm_up()
     # 3. Serve, when the master says "go", until it has drained.
     bell.take_signals()  # what came while it was loading is not for it
     worker.enter(READY)
@@ -1253,6 +1254,16 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.threads += 1
         self.thread_pause.end()
 
+    def warm_up(self) -> None:
+        """(main thread) Do what the first requests need, before clients wait for it.
+
+        At a reload all clients connect within milliseconds. A process is slow in what it does for
+        the first time: memory that it shares with the master is copied then, page by page.
+        """
+        self.start_thread()
+        parse_head(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        begin_head("200 OK", (("Content-Type", "text/plain"), ("Content-Length", "0")), 0)
+
     def work(self, desk: int) -> None:
         """(request thread) Do one job after another.
 
@@ -1547,7 +1558,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def discard(self, connection: Connection) -> None:
         """(main thread) Discard one piece: endless input must not keep this thread from others.
 
-        It is read past TLS, which takes no more input after its close_notify.
+        It is read past TLS: to decrypt it would be work for nothing.
         """
         try:
             came = socket.socket.recv(connection.sock, PIECE)
@@ -1563,7 +1574,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def end_idle_lingering(self) -> None:
         """(main thread) Close the closing connections whose clients do nothing any more.
 
-        No event tells that a client has taken a part of its answer, so this looks at them in turns.
+        No event tells that a client has taken a part of its answer. So this looks every LINGER_LOOK
+        seconds at what is left of it. (The overall limit is the `deadline`, as in all states.)
         """
         if self.now < self.look_at:
             return

@@ -2596,6 +2596,14 @@ def test_reload_changes_the_number_of_threads(serve):
     assert {client.answer().status for client in held} == {200}
 
 
+def test_reload_workers_are_warm_before_clients_come(serve):
+    """Guards: warm_up(). All clients come at the commit, and would wait for a first thread."""
+    server = serve(workers=1)
+    server.reload()
+    [worker] = server.workers()
+    assert len(os.listdir(f"/proc/{worker}/task")) == 2
+
+
 def test_reload_adds_keeps_and_drops_addresses(serve):
     """A kept address keeps its socket, and a dropped one's queue is served.
 
@@ -2743,6 +2751,10 @@ class Footprint(NamedTuple):
     memory: int  # kB
 
 
+# Kilobytes. PyPy's collector lets its heap grow by some megabytes before it begins.
+MEMORY_SLACK = 10_000 if "pypy" in Path(PYTHON).name else 1000
+
+
 def test_reload_40_times_leaves_the_master_as_it_was(serve):
     """It has one thread, the same descriptors, the same memory, and no code of the application."""
     server = serve(workers=1)
@@ -2764,7 +2776,7 @@ def test_reload_40_times_leaves_the_master_as_it_was(serve):
     until(lambda: footprint().links == before.links, "the master to hold what it held")
     after = footprint()
     assert after.threads == 1
-    assert after.memory < before.memory + 1000
+    assert after.memory < before.memory + MEMORY_SLACK
     assert str(server.pid) not in server.log("imports").split()
 
 
