@@ -62,6 +62,7 @@ The parts. Part I alone is the reload; it can be read without the others.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import atexit
 import collections
@@ -71,6 +72,7 @@ import difflib
 import email.utils
 import enum
 import errno
+import faulthandler
 import fcntl
 import functools
 import http
@@ -85,7 +87,6 @@ import mmap
 import os
 import pkgutil
 import re
-import select
 import selectors
 import signal
 import socket
@@ -99,8 +100,11 @@ import threading
 import time
 import traceback
 import urllib.parse
+import weakref
 import wsgiref.util
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from _thread import start_new_thread
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from select import POLLIN, POLLOUT, poll
 from typing import Any, NamedTuple, NoReturn, cast
 
 __version__ = "2.0.0"
@@ -112,6 +116,10 @@ Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 # What the sockets of one address bind: (family, what socket.bind() takes) each.
 Binds = tuple[tuple[int, Any], ...]
 FOREVER = float("inf")
+
+# Applications may replace or remove functions in Python's modules, as monkey_patch() of gevent and
+# eventlet does. So start_new_thread, poll and this class are bound here, before one is loaded.
+Socket = socket.socket
 
 
 # ==================================================================================================
@@ -181,7 +189,7 @@ BIND_PATIENCE = 1.0  # seconds for an old worker to close an address that comes 
 BACK_OFF = (0, 0.2, 0.4, 0.8, 1.6, 3.2, 5)  # seconds before a worker that died is replaced
 STEADY = 10.0  # seconds: a worker that has served for longer is replaced at once
 DRAIN_REPORT = 30.0  # seconds between two log lines on what a draining worker waits for
-EXIT_TIME = 10  # seconds for the application's exit functions
+EXIT_TIME = 10  # seconds for what the application's threads still do, and its exit functions
 LONGEST_REASON = 500  # characters of an exception's text that go up the line
 
 
@@ -308,12 +316,12 @@ class Master:
         before maintain_workers() replaces a leaving worker.
         """
         # No epoll: it would be shared over fork, and a child that unregisters would deafen us.
-        poll = select.poll()
-        poll.register(self.bell, select.POLLIN)
+        poller = poll()
+        poller.register(self.bell, POLLIN)
         for child in self.children.values():
             if not child.line.ended:
-                poll.register(child.line, select.POLLIN)
-        poll.poll(TICK if self.something_is_under_way() else None)
+                poller.register(child.line, POLLIN)
+        poller.poll(TICK if self.something_is_under_way() else None)
         self.now = time.monotonic()
         for child in self.children.values():
             child.hear()
@@ -355,15 +363,26 @@ class Master:
 
     # What comes from below
     def reap(self) -> None:
-        while True:
+        """Bury the workers that have ended. The calling program's children are left to it."""
+        for pid in list(self.children):
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:  # there is no child at all
-                return
-            if pid == 0:
-                return
-            if pid in self.children:  # if not, we are process 1, and it is somebody's orphan
+                ended, status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:  # a thread of the calling program has waited for it
+                ended, status = pid, 0
+            if ended:
                 self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))
+        if os.getpid() == 1:
+            self.reap_orphans()
+
+    def reap_orphans(self) -> None:
+        """Process 1 inherits the children of all that end. (A worker is reap()'s, in its round.)"""
+        peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):  # there is no child at all
+            while True:
+                ended = os.waitid(os.P_ALL, 0, peek)
+                if ended is None or ended.si_pid in self.children:
+                    return
+                os.waitpid(ended.si_pid, 0)
 
     def bury(self, child: Child, code: int) -> None:
         """A worker has ended. Does that end a reload, must it be replaced, or was it to go?"""
@@ -408,8 +427,9 @@ class Master:
         self.sighup_waits = False
         clock = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
         self.notify(f"RELOADING=1\n{clock}", "SIGHUP: reloading")
+        ini = self.current.config.ini
         try:
-            config = read_config(self.current.config.ini.path)
+            config = read_config(ini.path, ini.folder)
         except ConfigError as error:
             self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
             return
@@ -584,7 +604,7 @@ class Master:
         try:
             self.close_what_is_not_for(child)
             run_worker(child.generation, child.number, child.slot, line)
-            leave(0)
+            leave(line, 0)
         except ConfigError as error:
             line.say("failed", 2, str(error))
         except BaseException as error:  # an import may well call sys.exit()
@@ -592,7 +612,7 @@ class Master:
             reason = reason_of(error, with_type=True)[:LONGEST_REASON]
             line.say("failed", 1, f"worker {child.number} failed: {reason}")
         finally:
-            leave(1)
+            leave(line, 1)
 
     def close_what_is_not_for(self, child: Child) -> None:
         """(worker) Close the master's files, and the listeners of another generation."""
@@ -710,23 +730,20 @@ class WorkerLife:
 
 def run_worker(generation: Generation, number: int, slot: int, line: Line) -> None:
     """(worker) A worker's life. All signals are still blocked when it begins."""
-    # 1. Signals. Until it serves, a stop ends it at once: it has begun nothing.
+    # 1. Load the application. SIGIO ends this process if the master ends meanwhile.
     bell = Bell()
-    for signum in MASTER_SIGNALS:
-        signal.signal(signum, signal.SIG_DFL)
-    bell.handle(signal.SIGHUP, signal.SIGINT, *IGNORED_SIGNALS)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    # 2. Load the application. SIGIO ends this process if the master ends meanwhile.
+    prepare_for_guest(bell, generation.config.ini.folder)
     fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
-    master_is_gone = is_ready(line, select.POLLIN, 0)
+    master_is_gone = is_ready(line, POLLIN, 0)
     if master_is_gone:
         return
     worker = Worker(generation, number, slot, line, bell)
     worker.report()
     worker.application = load_application(generation.config)
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
-    # 3. Serve, when the master says "go", until it has drained.
+    take_back_from_guest(bell, generation.config)
+    # 2. Serve, when the master says "go", until it has drained.
     worker.enter(READY)
     line.say("ready")
     worker.run()
@@ -734,19 +751,133 @@ def run_worker(generation: Generation, number: int, slot: int, line: Line) -> No
         log.warning("drain_timeout: %d requests in flight are cut short", worker.in_flight)
 
 
-def leave(status: int) -> NoReturn:
-    """(worker) Run the exit functions and end the process, but wait for no thread.
+# The guest. The application lives in this process and may change anything there, mostly by
+# accident. These three functions say what of the process is its own: what it finds, what is taken
+# back from it, and how its threads, executors and exit functions end.
+def prepare_for_guest(bell: Bell, folder: str) -> None:
+    """(worker) Before the application is loaded: make the process its own, and unblock signals."""
+    for signum in signal.valid_signals():
+        if callable(signal.getsignal(signum)):  # it is the master's or the calling program's
+            signal.signal(signum, signal.SIG_DFL)
+    # A stop may have been meant for the whole group. The master ends this process if it must.
+    for signum in STOPS:
+        signal.signal(signum, lambda number, frame: None)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    bell.handle(signal.SIGHUP, *IGNORED_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    enter_folder(folder)
+    sys.path.insert(0, folder)
+    del sys.argv[1:]
+    sys.stdin = open(os.devnull)  # noqa: SIM115
+    os.dup2(sys.stdin.fileno(), 0)
+    forget_the_callers_output()
+    forget_the_callers_exit_functions()
 
-    sys.exit() would wait for a thread that hangs. os._exit() alone would skip the exit functions,
-    and multiprocessing would leave orphans.
+
+def forget_the_callers_output() -> None:
+    """(worker) What the calling program has printed may still be buffered: it prints that itself.
+
+    Here it goes to /dev/null, by a flush while the stream's descriptor leads there.
     """
-    signal.alarm(EXIT_TIME)  # the process dies of it if they take longer
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it has no descriptor
+            descriptor = stream.fileno()
+            kept = os.dup(descriptor)
+            os.dup2(0, descriptor)
+            with contextlib.suppress(OSError):
+                stream.flush()
+            os.dup2(kept, descriptor)
+            os.close(kept)
+
+
+def forget_the_callers_exit_functions() -> None:
+    """(worker) They would delete the calling program's files and end its children.
+
+    Those of Python's own modules are registered again: they serve the application, too.
+    """
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
+    if "multiprocessing.util" in sys.modules:
+        atexit.register(sys.modules["multiprocessing.util"]._exit_function)
+        sys.modules["multiprocessing.process"]._children.clear()
+
+
+def take_back_from_guest(bell: Bell, config: Config) -> None:
+    """(worker) After the application is loaded: what we rely on, and it may have changed.
+
+    From now on its code runs in other threads, which cannot change signals. Raises ConfigError for
+    an application in which ours would hang.
+    """
+    if _thread.start_new_thread is not start_new_thread:
+        reason = "the application replaces Python's threads (gevent, eventlet); hupserve needs them"
+        raise ConfigError(f"{config.ini.path}: {reason}")
+    for signum in signal.valid_signals():
+        handler = signal.getsignal(signum)
+        if callable(handler):
+            signal.signal(signum, shielded(handler))
+    bell.take_wakeups()
+    bell.handle(signal.SIGHUP, *STOPS)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    faulthandler.disable()  # enable() alone would not take SIGABRT back
+    faulthandler.enable(2)
+
+
+def shielded(handler: Callable[..., object]) -> Callable[..., None]:
+    """-> a signal handler of the application's that cannot end our main loop by an exception."""
+
+    def handle(signum: int, frame: object) -> None:
+        try:
+            handler(signum, frame)
+        except BaseException:
+            log.exception("the application's handler for signal %d", signum)
+
+    return handle
+
+
+def leave(line: Line, status: int) -> NoReturn:
+    """(worker) End the process as the interpreter ends, but within EXIT_TIME.
+
+    First the application's threads and executors finish, then the exit functions run. A task that
+    hangs does not keep them from running: a helper thread runs them after half of the time.
+    Request threads are not waited for: they are idle, or drain_timeout has cut their requests.
+    """
+    line.say("exiting")
+    # The last resort ends the process even if C code holds the interpreter's lock.
+    faulthandler.dump_traceback_later(EXIT_TIME, exit=True, file=2)
+    exit_functions = threading.Lock()  # held by the thread that runs them
+
+    def run_exit_functions() -> None:
+        with exit_functions:
+            atexit._run_exitfuncs()
+
+    def hurry() -> None:
+        time.sleep(EXIT_TIME / 2)
+        still_there = ", ".join(guests_threads()) or "an exit function"
+        message = "leaving: %s: not done after %g s, is cut short after %d s"
+        log.warning(message, still_there, EXIT_TIME / 2, EXIT_TIME)
+        run_exit_functions()
+
     flush_stdout = functools.partial(print, end="", flush=True)
     flush_stderr = functools.partial(print, end="", flush=True, file=sys.stderr)
-    for last in (atexit._run_exitfuncs, flush_stdout, flush_stderr):
+    start_helper = threading.Thread(target=hurry, daemon=True).start
+    wait_for_threads = threading._shutdown  # type: ignore[attr-defined]
+    for step in (start_helper, wait_for_threads, run_exit_functions, flush_stdout, flush_stderr):
         with contextlib.suppress(BaseException):
-            last()
+            step()
     os._exit(status)
+
+
+def guests_threads() -> list[str]:
+    """-> the names of the threads that leave() waits for."""
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if not thread.daemon
+        and thread is not threading.main_thread()
+        and not thread.name.startswith(REQUEST_THREAD)
+    ]
 
 
 # ==================================================================================================
@@ -794,6 +925,7 @@ LONGEST_SLEEP = 3600.0  # seconds; epoll takes no infinity
 REPORT_PAUSE = 0.02  # seconds between two entries in the scoreboard
 SHOWN_REQUESTS = 8  # of those in flight, in the scoreboard
 SHOWN_PATH = 60  # characters of a path there
+REQUEST_THREAD = "request-"  # how the names of our threads begin
 PIECE = 16384  # bytes read at once; with more, each chunk taken off a buffer would copy more
 
 NO_DATA_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -865,7 +997,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     in_flight = 0  # requests between dispatch() and take_back(); the main thread alone counts them
     open_connections = 0
     served = 0  # requests answered
-    threads = 0  # started
+    threads = 0  # started, and not known to have ended
     polite_until = 0.0  # until then newcomers are left to other workers
     report_at = 0.0  # not before
     reported: dict[str, Any] | None = None  # what stands in the scoreboard
@@ -896,6 +1028,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.jobs: collections.deque[Connection] = collections.deque()  # for the threads
         self.returned: collections.deque[Connection] = collections.deque()  # from the threads
         self.sleepers: list[threading.Lock] = []  # each opens one idle thread's gate
+        self.ended_threads: collections.deque[None] = collections.deque()  # one entry for each
         self.accept_pause = Pause("accept")
         self.thread_pause = Pause("start a thread")
         self.fork_guard = ForkGuard(self)
@@ -957,7 +1090,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         Then dispatch() wakes another. Where no more threads can be started, waking is of no use.
         """
         no_threads = self.now < self.thread_pause.until
-        is_ready(self.bell, select.POLLIN, PAUSE if no_threads else HEAD_START)
+        is_ready(self.bell, POLLIN, PAUSE if no_threads else HEAD_START)
 
     def next_deadline(self) -> float:
         """-> when something is due next, in time.monotonic() seconds. Past times do not count."""
@@ -992,11 +1125,15 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             return
         if self.sleepers:
             self.sleepers.pop().release()
-        elif self.threads < self.config.threads and self.now >= self.thread_pause.until:
+            return
+        while self.ended_threads:
+            self.ended_threads.pop()
+            self.threads -= 1
+        if self.threads < self.config.threads and self.now >= self.thread_pause.until:
             self.start_thread()
 
     def start_thread(self) -> None:
-        name = f"request-{self.threads}"
+        name = f"{REQUEST_THREAD}{self.threads}"
         try:
             threading.Thread(target=self.work, daemon=True, name=name).start()
         except RuntimeError as error:  # the threads that there are go on
@@ -1006,13 +1143,25 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.thread_pause.end()
 
     def work(self) -> None:
+        """(request thread) Do jobs until the end. It ends early by an exception that passes all of
+        ours, and is not counted any more then."""
+        # leave() must not wait for this thread, so it was started as a daemon. What threads the
+        # application starts in it would be daemons, too, if this attribute said so still.
+        threading.current_thread()._daemonic = False  # type: ignore[attr-defined]
+        try:
+            self.do_jobs()
+        finally:
+            self.ended_threads.append(None)
+
+    def do_jobs(self) -> None:
         """(request thread) Do one job after another.
 
-        To start a thread for each would cost more than most jobs do.
+        To start a thread for each would cost more than most jobs do. A process that the application
+        has forked in one, and that comes back here by an exception, has nothing left to do.
         """
         gate = threading.Lock()
         gate.acquire()
-        while True:
+        while self.fork_guard.is_worker:
             try:
                 connection = self.jobs.popleft()
             except IndexError:
@@ -1065,7 +1214,6 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             "wsgi.multithread": True,
             "wsgi.multiprocess": True,
             "wsgi.run_once": False,
-            "wsgi.errors": ErrorsToLog(),
             "wsgi.file_wrapper": wsgiref.util.FileWrapper,
             # Flask asks for it before it reads a body without a length.
             "wsgi.input_terminated": True,
@@ -1162,7 +1310,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
 
         accept() fails in this way even when nobody is queued.
         """
-        if not is_ready(listener, select.POLLIN, 0):
+        if not is_ready(listener, POLLIN, 0):
             return False
         if self.close_longest_idle():
             return True
@@ -1176,7 +1324,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         return self.open_connections >= self.config.connections and not self.longest_idle()
 
     def clients_are_queued(self) -> bool:
-        return any(is_ready(listener, select.POLLIN, 0) for listener in self.listeners)
+        return any(is_ready(listener, POLLIN, 0) for listener in self.listeners)
 
     def longest_idle(self) -> Connection | None:
         """-> the new or kept connection that has been idle for longest, and for JUST_BUSY at least.
@@ -1723,7 +1871,7 @@ class Body(io.RawIOBase):
             if self.owes_100 and not self.exchange.head_is_sent:
                 self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.owes_100 = False
-            ready = is_ready(self.connection.sock, select.POLLIN, self.config.io_timeout)
+            ready = is_ready(self.connection.sock, POLLIN, self.config.io_timeout)
             refuse_if(not ready, 408, "slow body")
         refuse_if(came == 0, 400, "the body was cut short")
         return came
@@ -1824,6 +1972,7 @@ class Exchange:
                 **connection.common_environ,
                 **self.request.environ,
                 "wsgi.input": wsgi_input,
+                "wsgi.errors": ErrorsToLog(),
             }
             self.respond(self.worker.application(environ, self.start_response))
         except Refusal as refusal:  # raised by wsgi.input and not caught, or by send()
@@ -1839,6 +1988,8 @@ class Exchange:
             self.body.skip()  # may_keep() has seen to it that all of it is here
         connection.is_kept = self.keeps
         self.unsent = 0  # disarms a write() that the application has stored
+        if self.body:  # and disarms wsgi.input: the connection is the main thread's again
+            self.body.refusal = Refusal(400, "the request is over")
         self.body = None  # breaks a reference cycle: the buffers go at once
         if self.config.access_log != "off":
             log_access(connection, self.status[:3], self.sent)
@@ -1993,7 +2144,7 @@ class Exchange:
         alive for long before that, so its progress is measured by what is left in the buffer.
         """
         queued = unsent_bytes(self.connection.sock)
-        while not is_ready(self.connection.sock, select.POLLOUT, self.config.io_timeout):
+        while not is_ready(self.connection.sock, POLLOUT, self.config.io_timeout):
             before = queued
             queued = unsent_bytes(self.connection.sock)
             refuse_if(queued > before - TRICKLE, 408, "the client takes nothing")
@@ -2095,7 +2246,7 @@ FIRST_PASSED_DESCRIPTOR = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 
 def is_ready(source: Any, event: int, seconds: float) -> bool:
     """Wait. -> did the source become readable (POLLIN) or writable (POLLOUT) within the time?"""
-    poller = select.poll()  # select() fails for descriptors above 1023
+    poller = poll()  # select() fails for descriptors above 1023
     poller.register(source, event)
     return bool(poller.poll(seconds * 1000))
 
@@ -2133,14 +2284,24 @@ class Bell:
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
         self.fileno = self.reader.fileno
-        # A worker inherits the master's wake-up descriptor. Until it has replaced it here, its
-        # signals would ring the master's bell; so they are blocked until then.
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.take_wakeups()
+
+    def take_wakeups(self) -> None:
+        """From now on each signal rings.
+
+        A worker inherits the master's wake-up descriptor. Until it has replaced it here, its
+        signals would ring the master's bell; so they are blocked until then.
+        """
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
 
     def handle(self, *signals: int) -> None:
-        """From now on note these signals. (A handler does nothing else.)"""
+        """From now on note these signals, even if our launcher had blocked them.
+
+        (A handler does nothing else.)
+        """
         for signum in signals:
             signal.signal(signum, lambda number, frame: self.received.append(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
     def ring(self) -> None:
         """(any thread) Wake the main loop. If the pipe is full, it wakes anyway."""
@@ -2214,14 +2375,21 @@ class Scoreboard:
         return sorted(found, key=lambda facts: (facts["generation"], facts["worker"]))
 
 
-scoreboard = Scoreboard()  # the master's; its workers inherit it
+# The master's; its workers inherit it. A second copy of this module, which `python -m` and other
+# names for its file make, finds that of the first, see serve().
+scoreboard: Scoreboard = getattr(sys.modules.get("hupserve"), "scoreboard", None) or Scoreboard()
 
 
 # Listeners
-class Listener(socket.socket):
+class Listener(Socket):
     """A listening socket, or one that is bound and will listen at the commit."""
 
     file: os.stat_result | None = None  # of a unix socket of ours: to recognise its file later
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """As the original, but -> a Socket even if the application has replaced socket.socket."""
+        descriptor, address = self._accept()  # type: ignore[attr-defined]
+        return Socket(self.family, self.type, self.proto, descriptor), address
 
     def still_has_its_file(self) -> bool:
         """Is the file at our path still ours? OSError if there is none."""
@@ -2553,10 +2721,37 @@ KEYS = {
 }
 
 
-def read_config(path: str) -> Config:
-    """-> what the file says, all of it valid. Raises ConfigError."""
+def start_folder() -> str:
+    """-> the present folder, by the path that $PWD has for it, if it has one, as a shell would.
+
+    os.getcwd() follows symbolic links. A link that is switched to a new release leads there only
+    if it stays in the path.
+    """
+    path = os.environ.get("PWD", "")
+    with contextlib.suppress(OSError):
+        if os.path.isabs(path) and os.path.samefile(path, "."):
+            return path
     try:
-        return Ini(path).config()
+        return os.getcwd()
+    except OSError as error:
+        raise OSError(error.errno, f"the current folder: {reason_of(error)}") from None
+
+
+def enter_folder(folder: str) -> None:
+    """Go to where the start folder's path leads now. If it leads nowhere, stay and say so."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        log.warning("the start folder %s: %s", folder, reason_of(error))
+
+
+def read_config(path: str, folder: str = "") -> Config:
+    """-> what the file says, all of it valid. Raises ConfigError.
+
+    folder: what a relative path starts from; by default the present folder.
+    """
+    try:
+        return Ini(path, folder or start_folder()).config()
     except configparser.Error as error:
         place = ""
         if hasattr(error, "option"):
@@ -2569,13 +2764,17 @@ def read_config(path: str) -> Config:
 class Ini(configparser.ConfigParser):
     """The file, parsed once. Its methods raise OSError, ValueError or configparser.Error."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, folder: str):
+        """path: as the operator gave it, for messages. folder: see start_folder()."""
         # [DEFAULT] is inherited only after each section's own keys have been noted.
         super().__init__(default_section="")
         self.path = path
-        full_path = os.path.abspath(path).replace("%", "%%")
-        self["DEFAULT"] = {"here": os.path.dirname(full_path), "__file__": full_path}
-        with open(path, encoding="utf-8-sig") as file:
+        self.folder = folder
+        self.full_path = os.path.join(folder, path)
+        enter_folder(folder)  # the paths in the file are relative to it, too
+        absolute = os.path.abspath(self.full_path).replace("%", "%%")
+        self["DEFAULT"] = {"here": os.path.dirname(absolute), "__file__": absolute}
+        with open(self.full_path, encoding="utf-8-sig") as file:
             self.read_file(file)
         self.keys_of = {section: list(self[section]) for section in self}
         cast(dict[str, str], self.defaults()).update(self.items("DEFAULT", raw=True))
@@ -2628,7 +2827,7 @@ class Ini(configparser.ConfigParser):
         parts = [*filters, self.part("app", names[-1])]
         found = [part for part in parts if part]
         if settings or len(found) < len(parts):
-            uri = f"config:{urllib.parse.quote(os.path.abspath(self.path))}"
+            uri = f"config:{urllib.parse.quote(os.path.abspath(self.full_path))}"
             return [Part("read by PasteDeploy", "paste.deploy:loadapp", [uri], {})]
         return found
 
@@ -2650,6 +2849,7 @@ class Ini(configparser.ConfigParser):
             hint = did_you_mean(kind, settings)
             raise ValueError(f"[{section}] {kind}: {target!r} is not module:attribute{hint}")
         place = f"[{section}] {kind}: {target}"
+        self.warn_if_imported(place, target.partition(":")[0])
         if kind != "wsgi":
             return Part(place, target, [dict(self["DEFAULT"])], settings)
         if settings:
@@ -2657,6 +2857,12 @@ class Ini(configparser.ConfigParser):
             hint = "a setting: wsgi takes none, paste.app_factory does"
             raise ValueError(f"[{section}] {first}: {hint}")
         return Part(place, target, [], {})
+
+    def warn_if_imported(self, place: str, module: str) -> None:
+        """(master) What it knows already, the calling program has imported; workers inherit it."""
+        if sys.modules.get(module) not in (None, sys.modules[__name__]):
+            why = "the calling program has imported it, so no reload will see its new code"
+            log.warning("%s: %s: %s", self.path, place, why)
 
 
 def tls_context(certfile: str, keyfile: str) -> ssl.SSLContext | None:
@@ -2978,14 +3184,29 @@ def serve(config: Config) -> int:
     """
     # Otherwise hupserve:demo_app would import a second copy of this file.
     sys.modules.setdefault("hupserve", sys.modules[__name__])
+    with signals_put_back():
+        try:
+            use_logs(config)
+            master = Master(config)
+        except (OSError, ConfigError) as error:
+            tell(reason_of(error))
+            return 1
+        return master.run()
+
+
+@contextlib.contextmanager
+def signals_put_back() -> Iterator[None]:
+    """(master) At the end the calling program has its handlers, wake-up descriptor and mask."""
+    handlers = {signum: signal.getsignal(signum) for signum in MASTER_SIGNALS + IGNORED_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    wakeup = signal.set_wakeup_fd(-1)
     try:
-        sys.path.insert(0, os.getcwd())  # now: it may be gone when a replacement starts
-        use_logs(config)
-        master = Master(config)
-    except (OSError, ConfigError) as error:
-        tell(reason_of(error))
-        return 1
-    return master.run()
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.set_wakeup_fd(wakeup)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
