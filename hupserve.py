@@ -105,6 +105,7 @@ import wsgiref.util
 from _thread import start_new_thread
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from select import POLLIN, POLLOUT, poll
+from ssl import SSLSocket
 from typing import Any, NamedTuple, NoReturn, cast
 
 __version__ = "2.0.0"
@@ -118,7 +119,7 @@ Binds = tuple[tuple[int, Any], ...]
 FOREVER = float("inf")
 
 # Applications may replace or remove functions in Python's modules, as monkey_patch() of gevent and
-# eventlet does. So start_new_thread, poll and this class are bound here, before one is loaded.
+# eventlet does. So start_new_thread, poll and sockets are bound here, before one is loaded.
 Socket = socket.socket
 
 
@@ -363,26 +364,22 @@ class Master:
 
     # What comes from below
     def reap(self) -> None:
-        """Bury the workers that have ended. The calling program's children are left to it."""
-        for pid in list(self.children):
-            try:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:  # a thread of the calling program has waited for it
-                ended, status = pid, 0
-            if ended:
-                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))
-        if os.getpid() == 1:
-            self.reap_orphans()
+        """Bury the workers that have ended.
 
-    def reap_orphans(self) -> None:
-        """Process 1 inherits the children of all that end. (A worker is reap()'s, in its round.)"""
-        peek = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        with contextlib.suppress(ChildProcessError):  # there is no child at all
-            while True:
-                ended = os.waitid(os.P_ALL, 0, peek)
-                if ended is None or ended.si_pid in self.children:
-                    return
-                os.waitpid(ended.si_pid, 0)
+        Children of the calling program are left to it. Only process 1 waits for any child: it
+        inherits the orphans of all other processes.
+        """
+        any_child = -1
+        wanted = itertools.repeat(any_child) if os.getpid() == 1 else list(self.children)
+        for process in wanted:
+            try:
+                pid, status = os.waitpid(process, os.WNOHANG)
+            except ChildProcessError:  # there is none, or the calling program has waited for it
+                pid, status = max(process, 0), 0
+            if pid in self.children:
+                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))
+            elif pid == 0 and process == any_child:
+                return
 
     def bury(self, child: Child, code: int) -> None:
         """A worker has ended. Does that end a reload, must it be replaced, or was it to go?"""
@@ -768,8 +765,8 @@ def prepare_for_guest(bell: Bell, folder: str) -> None:
     enter_folder(folder)
     sys.path.insert(0, folder)
     del sys.argv[1:]
-    sys.stdin = open(os.devnull)  # noqa: SIM115
-    os.dup2(sys.stdin.fileno(), 0)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
     forget_the_callers_output()
     forget_the_callers_exit_functions()
 
@@ -808,11 +805,10 @@ def take_back_from_guest(bell: Bell, config: Config) -> None:
     """(worker) After the application is loaded: what we rely on, and it may have changed.
 
     From now on its code runs in other threads, which cannot change signals. Raises ConfigError for
-    an application in which ours would hang.
+    an application that would make our threads hang, or every TLS connection fail.
     """
-    if _thread.start_new_thread is not start_new_thread:
-        reason = "the application replaces Python's threads (gevent, eventlet); hupserve needs them"
-        raise ConfigError(f"{config.ini.path}: {reason}")
+    refuse_replaced(config, "threads", _thread.start_new_thread is not start_new_thread)
+    refuse_replaced(config, "ssl", config.tls and ssl.SSLSocket is not SSLSocket)
     for signum in signal.valid_signals():
         handler = signal.getsignal(signum)
         if callable(handler):
@@ -822,6 +818,13 @@ def take_back_from_guest(bell: Bell, config: Config) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     faulthandler.disable()  # enable() alone would not take SIGABRT back
     faulthandler.enable(2)
+
+
+def refuse_replaced(config: Config, what: str, is_replaced: object) -> None:
+    if is_replaced:
+        reason = f"the application replaces Python's {what}, on which hupserve relies"
+        hint = "(monkey_patch() of gevent and eventlet does)"
+        raise ConfigError(f"{config.ini.path}: {reason} {hint}")
 
 
 def shielded(handler: Callable[..., object]) -> Callable[..., None]:
@@ -1156,12 +1159,11 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def do_jobs(self) -> None:
         """(request thread) Do one job after another.
 
-        To start a thread for each would cost more than most jobs do. A process that the application
-        has forked in one, and that comes back here by an exception, has nothing left to do.
+        To start a thread for each would cost more than most jobs do.
         """
         gate = threading.Lock()
         gate.acquire()
-        while self.fork_guard.is_worker:
+        while True:
             try:
                 connection = self.jobs.popleft()
             except IndexError:
@@ -2203,13 +2205,25 @@ def unsent_bytes(sock: socket.socket) -> int:
     return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
 
 
-class ErrorsToLog(io.TextIOBase):
-    """wsgi.errors: what the application writes there becomes lines of the log."""
+class ErrorsToLog:
+    """wsgi.errors: what the application writes there becomes lines of the log.
+
+    Each request has its own. (An io.TextIOBase would take seven times as long to make and end.)
+    """
 
     def write(self, text: str) -> int:
         if text.strip():
             log.error("%s", text.rstrip())
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """The log has done it."""
+
+    close = flush
 
 
 def log_access(connection: Connection, status: str, sent: int) -> None:
