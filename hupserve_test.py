@@ -2769,6 +2769,7 @@ if __name__ == "__main__":
     daemon = fork.Process(target=time.sleep, args=[60], daemon=True)
     daemon.start()
     child = subprocess.Popen(["sh", "-c", "sleep 0.1; exit 7"])
+    sys.stdin.readline()
     print("printed once")
     sys.stderr.write("half a line")
     status = hupserve.main([ini])
@@ -2786,6 +2787,12 @@ def run_by(command: str) -> list[str]:
     return ["sh", "-c", f'PYTHON="$1" INI="$3"; exec {command}', "sh"]
 
 
+READING = """
+note("argv", sys.argv)
+note("stdin", repr(sys.stdin.read()) + " " + repr(os.read(0, 1)))
+"""
+
+
 def test_guest_of_a_calling_program(serve, folder):
     """Its exit functions, files, children and output are left to it, by workers that leave, too.
 
@@ -2793,7 +2800,15 @@ def test_guest_of_a_calling_program(serve, folder):
     """
     (folder / "hupserve.py").symlink_to(HUPSERVE)
     (folder / "caller.py").write_text(CALLER)
-    server = serve(workers=1, env={"PYTHONUNBUFFERED": ""}, prefix=run_by('"$PYTHON" caller.py'))
+    (folder / "lines").write_text("one\ntwo\n")
+    with open(folder / "lines") as lines:
+        server = serve(
+            workers=1,
+            code=APPLICATION + READING,
+            env={"PYTHONUNBUFFERED": ""},
+            prefix=run_by('"$PYTHON" caller.py'),
+            popen={"stdin": lines},
+        )
     server.reload()
     until(lambda: len(server.workers()) == 1 + 1, "the old worker to leave")
     assert not (folder / "notes").exists()
@@ -2804,6 +2819,7 @@ def test_guest_of_a_calling_program(serve, folder):
         "interrupted",
         "exit function",
     ]
+    assert set(server.log("stdin").splitlines()) == {"'' b''"}
     assert server.log().count("printed once") == 1
     assert server.log().count("half a line") == 1
     until(lambda: not server.others())
@@ -2852,12 +2868,6 @@ def test_guest_and_server_hear_what_their_launcher_had_blocked(serve):
     server.stop()
 
 
-READING = """
-note("argv", sys.argv)
-note("stdin", repr(sys.stdin.read()) + " " + repr(os.read(0, 1)))
-"""
-
-
 def test_guest_has_no_arguments_and_nothing_to_read(serve, folder):
     """A background job of a terminal would read for ever otherwise."""
     main, side = pty.openpty()
@@ -2888,10 +2898,15 @@ def test_guest_follows_the_link_that_it_was_started_in(folder):
         assert server.log("loaded") == "first\n"
         (folder / "new").symlink_to("second")
         os.replace(folder / "new", folder / "current")
+        [worker] = server.workers()
+        os.kill(worker, SIGKILL)
+        [successor] = until(lambda: server.workers() - {worker}, "its successor")
+        until(lambda: os.readlink(f"/proc/{successor}/cwd") == str(folder / "second"))
+        until(lambda: server.log("loaded") == "first\nsecond\n")
         shutil.rmtree(folder / "first")
         server.signal()
         server.wait_log("generation 2 serves", file="second/log")
-        assert server.log("loaded") == "first\nsecond\n"
+        assert server.log("loaded") == "first\nsecond\nsecond\n"
 
 
 def test_guest_in_a_folder_whose_name_is_not_utf8(folder):
