@@ -2841,8 +2841,9 @@ class Ini(configparser.ConfigParser):
         parts = [*filters, self.part("app", names[-1])]
         found = [part for part in parts if part]
         if settings or len(found) < len(parts):
-            uri = f"config:{urllib.parse.quote(os.path.abspath(self.full_path))}"
-            return [Part("read by PasteDeploy", "paste.deploy:loadapp", [uri], {})]
+            # PasteDeploy would not find a quoted folder again whose name is not UTF-8.
+            path = os.path.abspath(self.full_path).replace("%", "%25").replace("#", "%23")
+            return [Part("read by PasteDeploy", "paste.deploy:loadapp", [f"config:{path}"], {})]
         return found
 
     def part(self, prefix: str, name: str) -> Part | None:
