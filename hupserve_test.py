@@ -2909,19 +2909,13 @@ def test_guest_follows_the_link_that_it_was_started_in(folder):
         assert server.log("loaded") == "first\nsecond\nsecond\n"
 
 
-BY_PASTE = """
-def by_paste(loader, global_conf):
-    return application
-"""
-
-
-@pytest.mark.parametrize("sections", [Server.APP, "[app:main]\nuse = call:app:by_paste\n"])
+@pytest.mark.parametrize("sections", [Server.APP, "[app:main]\nuse = call:app:factory\n"])
 def test_guest_in_a_folder_whose_name_is_not_utf8(folder, sections):
     if "use" in sections and not importable("paste.deploy"):
         pytest.skip("the server's interpreter has no PasteDeploy")
     odd = folder / "\udcff#"
     odd.mkdir()
-    with Server(odd, sections, APPLICATION + BY_PASTE) as server:
+    with Server(odd, sections) as server:
         server.reload()
         assert server.get().status == 200
 
