@@ -64,6 +64,7 @@ The parts. Part I alone is the reload; it can be read without the others.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import atexit
 import collections
@@ -89,7 +90,6 @@ import os
 import pkgutil
 import re
 import resource
-import select
 import selectors
 import signal
 import socket
@@ -103,8 +103,12 @@ import threading
 import time
 import traceback
 import urllib.parse
+import weakref
 import wsgiref.util
+from _thread import start_new_thread
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from select import PIPE_BUF, POLLIN, POLLOUT, poll
+from ssl import SSLSocket
 from typing import Any, NamedTuple, NoReturn, cast
 
 __version__ = "2.0.0"
@@ -116,6 +120,10 @@ Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 # What the sockets of one address bind: (family, what socket.bind() takes) each.
 Binds = tuple[tuple[int, Any], ...]
 FOREVER = float("inf")
+
+# Applications may replace or remove functions in Python's modules, as monkey_patch() of gevent and
+# eventlet does. So start_new_thread, poll and sockets are bound here, before one is loaded.
+Socket = socket.socket
 
 
 # ==================================================================================================
@@ -189,7 +197,7 @@ BIND_PATIENCE = 1.0  # seconds for an old worker to close an address that comes 
 BACK_OFF = (0, 0.2, 0.4, 0.8, 1.6, 3.2, 5)  # seconds before a worker that died is replaced
 STEADY = 10.0  # seconds: a worker that has served for longer is replaced at once
 DRAIN_REPORT = 30.0  # seconds between two log lines on what a draining worker waits for
-EXIT_TIME = 10  # seconds for the application's exit functions
+EXIT_TIME = 10  # seconds for what the application's threads still do, and its exit functions
 OVERTIME = 15.0  # seconds of EXITING, or after drain_timeout: a worker that is still there hangs
 QUESTIONS = 4  # in a row that a worker leaves unread: it hangs
 ABORT_TIME = 1.0  # seconds for faulthandler to write the tracebacks of a worker that hangs
@@ -356,13 +364,13 @@ class Master:
         before maintain_workers() replaces a leaving worker.
         """
         # No epoll: it would be shared over fork, and a child that unregisters would deafen us.
-        poll = select.poll()
-        poll.register(self.bell, select.POLLIN)
+        poller = poll()
+        poller.register(self.bell, POLLIN)
         for child in self.children.values():
             if not child.line.ended:
-                poll.register(child.line, select.POLLIN)
+                poller.register(child.line, POLLIN)
         seconds = self.next_deadline() - time.monotonic()
-        poll.poll(None if seconds == FOREVER else max(0, seconds * 1000))
+        poller.poll(None if seconds == FOREVER else max(0, seconds * 1000))
         self.now = time.monotonic()
         for child in self.children.values():
             child.hear()
@@ -439,7 +447,7 @@ class Master:
 
     def clients_are_queued(self, addresses: Iterable[str]) -> bool:
         listeners = [each for address in addresses for each in self.current.listeners[address]]
-        return any(is_ready(listener, select.POLLIN, 0) for listener in listeners)
+        return any(is_ready(listener, POLLIN, 0) for listener in listeners)
 
     def stop_by_force(self) -> None:
         """A second stop. What is killed here has no place any more in which it were replaced."""
@@ -451,15 +459,22 @@ class Master:
 
     # What comes from below
     def reap(self) -> None:
-        while True:
+        """Bury the workers that have ended.
+
+        Children of the calling program are left to it. Only process 1 waits for any child: it
+        inherits the orphans of all other processes.
+        """
+        any_child = -1
+        wanted = itertools.repeat(any_child) if os.getpid() == 1 else list(self.children)
+        for process in wanted:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:  # there is no child at all
-                return
-            if pid == 0:
-                return
-            if pid in self.children:  # if not, we are process 1, and it is somebody's orphan
+                pid, status = os.waitpid(process, os.WNOHANG)
+            except ChildProcessError:  # there is none, or the calling program has waited for it
+                pid, status = max(process, 0), 0
+            if pid in self.children:
                 self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))
+            elif pid == 0 and process == any_child:
+                return
 
     def bury(self, child: Child, code: int) -> None:
         """A worker has ended. Does that end a reload, must it be replaced, or was it to go?"""
@@ -517,8 +532,9 @@ class Master:
         self.sighup_waits = False
         clock = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
         self.notify(f"RELOADING=1\n{clock}", "SIGHUP: reloading")
+        ini = self.current.config.ini
         try:
-            config = read_config(self.current.config.ini.path)
+            config = read_config(ini.path, ini.folder)
         except ConfigError as error:
             self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
             return
@@ -785,7 +801,7 @@ class Master:
         try:
             self.close_what_is_not_for(child)
             run_worker(child, line)
-            leave(0)
+            leave(line, 0)
         except ConfigError as error:
             line.say("failed", 2, str(error))
         except BaseException as error:  # an import may well call sys.exit()
@@ -793,7 +809,7 @@ class Master:
             reason = reason_of(error, with_type=True)[:LONGEST_REASON]
             line.say("failed", 1, f"worker {child.number} failed: {reason}")
         finally:
-            leave(1)
+            leave(line, 1)
 
     def close_what_is_not_for(self, child: Child) -> None:
         """(worker) Close the master's files, and the listeners of another generation."""
@@ -935,16 +951,12 @@ class WorkerLife:
 
 def run_worker(child: Child, line: Line) -> None:
     """(worker) A worker's life. All signals are still blocked when it begins."""
-    # 1. Signals. Until it serves it ignores a stop: it may have been meant for the whole group, and
-    # a client may be queued. The master ends a worker that it does not need by SIGKILL.
+    # 1. Load the application. SIGIO ends this process if the master ends meanwhile.
     bell = Bell()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    bell.handle(signal.SIGHUP, *STOPS, *IGNORED_SIGNALS)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    # 2. Load the application. SIGIO ends this process if the master ends meanwhile.
+    prepare_for_guest(bell, child.generation.config.ini.folder)
     fcntl.fcntl(line, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
-    master_is_gone = is_ready(line, select.POLLIN, 0)
+    master_is_gone = is_ready(line, POLLIN, 0)
     if master_is_gone:
         return
     worker = Worker(child, line, bell)
@@ -953,30 +965,151 @@ def run_worker(child: Child, line: Line) -> None:
     worker.application = load_application(worker.config)
     raise_descriptor_limit(worker)
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
+    take_back_from_guest(bell, worker.config)
     worker.warm_up()
-    # 3. Serve, when the master says "go", until it has drained.
-    bell.take_signals()  # what came while it was loading is not for it
+    # 2. Serve, when the master says "go", until it has drained.
     worker.enter(READY)
     line.say("ready")
     worker.run()
     if worker.in_flight:
         log.warning("drain_timeout: %d requests in flight are cut short", worker.in_flight)
-    line.say("exiting")
+    worker.enter(EXITING)
+    worker.report()
 
 
-def leave(status: int) -> NoReturn:
-    """(worker) Run the exit functions and end the process, but wait for no thread.
+# The guest. The application lives in this process and may change anything there, mostly by
+# accident. These three functions say what of the process is its own: what it finds, what is taken
+# back from it, and how its threads, executors and exit functions end.
+def prepare_for_guest(bell: Bell, folder: str) -> None:
+    """(worker) Before the application is loaded: make the process its own, and unblock signals."""
+    for signum in signal.valid_signals():
+        if callable(signal.getsignal(signum)):  # it is the master's or the calling program's
+            signal.signal(signum, signal.SIG_DFL)
+    # A stop may have been meant for the whole group. The master ends this process if it must.
+    for signum in STOPS:
+        signal.signal(signum, lambda number, frame: None)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    bell.handle(signal.SIGHUP, *IGNORED_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    enter_folder(folder)
+    sys.path.insert(0, folder)
+    del sys.argv[1:]
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    forget_the_callers_output()
+    forget_the_callers_exit_functions()
 
-    sys.exit() would wait for a thread that hangs. os._exit() alone would skip the exit functions,
-    and multiprocessing would leave orphans.
+
+def forget_the_callers_output() -> None:
+    """(worker) What the calling program has printed may still be buffered: it prints that itself.
+
+    Here it goes to /dev/null, by a flush while the stream's descriptor leads there.
     """
-    signal.alarm(EXIT_TIME)  # the process dies of it if they take longer
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it has no descriptor
+            descriptor = stream.fileno()
+            kept = os.dup(descriptor)
+            os.dup2(0, descriptor)
+            with contextlib.suppress(OSError):
+                stream.flush()
+            os.dup2(kept, descriptor)
+            os.close(kept)
+
+
+def forget_the_callers_exit_functions() -> None:
+    """(worker) They would delete the calling program's files and end its children.
+
+    Those of Python's own modules are registered again: they serve the application, too.
+    """
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
+    if "multiprocessing.util" in sys.modules:
+        atexit.register(sys.modules["multiprocessing.util"]._exit_function)
+        sys.modules["multiprocessing.process"]._children.clear()
+
+
+def take_back_from_guest(bell: Bell, config: Config) -> None:
+    """(worker) After the application is loaded: what we rely on, and it may have changed.
+
+    From now on its code runs in other threads, which cannot change signals. Raises ConfigError for
+    an application that would make our threads hang, or every TLS connection fail.
+    """
+    refuse_replaced(config, "threads", _thread.start_new_thread is not start_new_thread)
+    refuse_replaced(config, "ssl", config.tls and ssl.SSLSocket is not SSLSocket)
+    for signum in signal.valid_signals():
+        handler = signal.getsignal(signum)
+        if callable(handler):
+            signal.signal(signum, shielded(handler))
+    bell.take_wakeups()
+    bell.handle(signal.SIGHUP, *STOPS)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    faulthandler.disable()  # enable() alone would not take SIGABRT back
+    faulthandler.enable(2)
+
+
+def refuse_replaced(config: Config, what: str, is_replaced: object) -> None:
+    if is_replaced:
+        reason = f"the application replaces Python's {what}, on which hupserve relies"
+        hint = "(monkey_patch() of gevent and eventlet does)"
+        raise ConfigError(f"{config.ini.path}: {reason} {hint}")
+
+
+def shielded(handler: Callable[..., object]) -> Callable[..., None]:
+    """-> a signal handler of the application's that cannot end our main loop by an exception."""
+
+    def handle(signum: int, frame: object) -> None:
+        try:
+            handler(signum, frame)
+        except BaseException:
+            log.exception("the application's handler for signal %d", signum)
+
+    return handle
+
+
+def leave(line: Line, status: int) -> NoReturn:
+    """(worker) End the process as the interpreter ends, but within EXIT_TIME.
+
+    First the application's threads and executors finish, then the exit functions run. A task that
+    hangs does not keep them from running: a helper thread runs them after half of the time.
+    Request threads are not waited for: they are idle, or drain_timeout has cut their requests.
+    """
+    line.say("exiting")
+    # The last resort ends the process even if C code holds the interpreter's lock.
+    faulthandler.dump_traceback_later(EXIT_TIME, exit=True, file=2)
+    exit_functions = threading.Lock()  # held by the thread that runs them
+
+    def run_exit_functions() -> None:
+        with exit_functions:
+            atexit._run_exitfuncs()
+
+    def hurry() -> None:
+        time.sleep(EXIT_TIME / 2)
+        still_there = ", ".join(guests_threads()) or "an exit function"
+        message = "leaving: %s: not done after %g s, is cut short after %d s"
+        log.warning(message, still_there, EXIT_TIME / 2, EXIT_TIME)
+        run_exit_functions()
+
     flush_stdout = functools.partial(print, end="", flush=True)
     flush_stderr = functools.partial(print, end="", flush=True, file=sys.stderr)
-    for last in (atexit._run_exitfuncs, flush_stdout, flush_stderr):
+    start_helper = threading.Thread(target=hurry, daemon=True).start
+    wait_for_threads = threading._shutdown  # type: ignore[attr-defined]
+    for step in (start_helper, wait_for_threads, run_exit_functions, flush_stdout, flush_stderr):
         with contextlib.suppress(BaseException):
-            last()
+            step()
     os._exit(status)
+
+
+def guests_threads() -> list[str]:
+    """-> the names of the threads that leave() waits for."""
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if not thread.daemon
+        and thread is not threading.main_thread()
+        and not thread.name.startswith(REQUEST_THREAD)
+    ]
 
 
 # ==================================================================================================
@@ -1029,6 +1162,7 @@ LONGEST_SLEEP = 3600.0  # seconds; epoll takes no infinity
 REPORT_PAUSE = 0.02  # seconds between two entries in the scoreboard
 SHOWN_REQUESTS = 8  # of those in flight, in the scoreboard
 SHOWN_PATH = 60  # characters of a path, or a method, there
+REQUEST_THREAD = "request-"  # how the names of our threads begin
 PIECE = 16384  # bytes read at once; the larger a buffer, the more is copied when some is cut off
 
 NO_DATA_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1102,7 +1236,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     in_flight = 0  # requests between dispatch() and take_back(); the main thread alone counts them
     open_connections = 0
     served = 0  # requests answered
-    threads = 0  # started
+    threads = 0  # started, and not known to have ended
     polite_until = 0.0  # until then newcomers are left to other workers
     look_at = FOREVER  # when closing connections are looked at next
     report_at = 0.0  # not before
@@ -1136,6 +1270,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.jobs: collections.deque[Connection] = collections.deque()  # for the threads
         self.returned: collections.deque[Connection] = collections.deque()  # from the threads
         self.sleepers: list[threading.Lock] = []  # each opens one idle thread's gate
+        self.ended_threads: collections.deque[None] = collections.deque()  # one entry for each
         self.accept_pause = Pause("accept")
         self.thread_pause = Pause("start a thread")
         self.fork_guard = ForkGuard(self)
@@ -1204,7 +1339,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         more threads can be started, there is no use in hurrying.
         """
         no_threads = self.now < self.thread_pause.until
-        is_ready(self.bell, select.POLLIN, RETRY_PAUSE if no_threads else HEAD_START)
+        is_ready(self.bell, POLLIN, RETRY_PAUSE if no_threads else HEAD_START)
 
     def next_deadline(self) -> float:
         """-> when something is due next, in time.monotonic() seconds. Past times do not count."""
@@ -1240,11 +1375,15 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             return
         if self.sleepers:
             self.sleepers.pop().release()
-        elif self.threads < self.config.threads and self.now >= self.thread_pause.until:
+            return
+        while self.ended_threads:
+            self.ended_threads.pop()
+            self.threads -= 1
+        if self.threads < self.config.threads and self.now >= self.thread_pause.until:
             self.start_thread()
 
     def start_thread(self) -> None:
-        name = f"request-{self.threads}"
+        name = f"{REQUEST_THREAD}{self.threads}"
         try:
             arguments = (self.threads,)
             threading.Thread(target=self.work, args=arguments, daemon=True, name=name).start()
@@ -1265,6 +1404,17 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         begin_head("200 OK", (("Content-Type", "text/plain"), ("Content-Length", "0")), 0)
 
     def work(self, desk: int) -> None:
+        """(request thread) Do jobs until the end. It ends early by an exception that passes all of
+        ours, and is not counted any more then."""
+        # leave() must not wait for this thread, so it was started as a daemon. What threads the
+        # application starts in it would be daemons, too, if this attribute said so still.
+        threading.current_thread()._daemonic = False  # type: ignore[attr-defined]
+        try:
+            self.do_jobs(desk)
+        finally:
+            self.ended_threads.append(None)
+
+    def do_jobs(self, desk: int) -> None:
         """(request thread) Do one job after another.
 
         To start a thread for each would cost more than most jobs do. The request lies on the
@@ -1332,7 +1482,6 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             "wsgi.multithread": True,
             "wsgi.multiprocess": self.config.workers > 1,
             "wsgi.run_once": False,
-            "wsgi.errors": ErrorsToLog(),
             "wsgi.file_wrapper": wsgiref.util.FileWrapper,
             # Flask asks for it before it reads a body without a length.
             "wsgi.input_terminated": True,
@@ -1430,7 +1579,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
 
         accept() fails in this way even when nobody is queued.
         """
-        if not is_ready(listener, select.POLLIN, 0):
+        if not is_ready(listener, POLLIN, 0):
             return False
         if self.close_least_needed():
             return True
@@ -1444,7 +1593,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         return self.open_connections >= self.config.connections and not self.least_needed()
 
     def clients_are_queued(self) -> bool:
-        return any(is_ready(listener, select.POLLIN, 0) for listener in self.listeners)
+        return any(is_ready(listener, POLLIN, 0) for listener in self.listeners)
 
     def least_needed(self) -> Connection | None:
         """-> the new or kept connection that has been idle for longest, and for JUST_BUSY at least.
@@ -2057,7 +2206,7 @@ class Body(io.RawIOBase):
             if self.owes_100 and not self.exchange.head_is_sent:
                 self.exchange.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.owes_100 = False
-            ready = is_ready(self.connection.sock, select.POLLIN, self.config.io_timeout)
+            ready = is_ready(self.connection.sock, POLLIN, self.config.io_timeout)
             refuse_if(not ready, 408, "slow body")
         refuse_if(came == 0, 400, "the body was cut short")
         return came
@@ -2156,6 +2305,7 @@ class Exchange:
                 **connection.common_environ,
                 **self.request.environ,
                 "wsgi.input": wsgi_input,
+                "wsgi.errors": ErrorsToLog(),
             }
             self.respond(self.worker.application(environ, self.start_response))
         except Refusal as refusal:  # raised by wsgi.input and not caught, or by send()
@@ -2171,6 +2321,8 @@ class Exchange:
             self.body.skip()  # may_keep() has seen to it that all of it is here
         connection.is_kept = self.keeps
         self.unsent = 0  # disarms a write() that the application has stored
+        if self.body:  # and disarms wsgi.input: the connection is the main thread's again
+            self.body.refusal = Refusal(400, "the request is over")
         self.body = None  # breaks a reference cycle: the buffers go at once
         if self.config.access_log != "off":
             log_access(connection, self.status[:3], self.sent)
@@ -2328,7 +2480,7 @@ class Exchange:
         alive for long before that, so its progress is measured by what is left in the buffer.
         """
         queued = unsent_bytes(self.connection.sock)
-        while not is_ready(self.connection.sock, select.POLLOUT, self.config.io_timeout):
+        while not is_ready(self.connection.sock, POLLOUT, self.config.io_timeout):
             before = queued
             queued = unsent_bytes(self.connection.sock)
             refuse_if(queued > before - TRICKLE, 408, "the client takes nothing")
@@ -2406,13 +2558,25 @@ def unsent_bytes(sock: socket.socket) -> int:
     return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
 
 
-class ErrorsToLog(io.TextIOBase):
-    """wsgi.errors: what the application writes there becomes lines of the log."""
+class ErrorsToLog:
+    """wsgi.errors: what the application writes there becomes lines of the log.
+
+    Each request has its own. (An io.TextIOBase would take seven times as long to make and end.)
+    """
 
     def write(self, text: str) -> int:
         if text.strip():
             log.error("%s", text.rstrip())
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """The log has done it."""
+
+    close = flush
 
 
 MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
@@ -2465,7 +2629,7 @@ MASTER_DESCRIPTORS = 20  # standard streams, bell, logs and what is open for a m
 
 def is_ready(source: Any, event: int, seconds: float) -> bool:
     """Wait. -> did the source become readable (POLLIN) or writable (POLLOUT) within the time?"""
-    poller = select.poll()  # select() fails for descriptors above 1023
+    poller = poll()  # select() fails for descriptors above 1023
     poller.register(source, event)
     return bool(poller.poll(seconds * 1000))
 
@@ -2503,14 +2667,21 @@ class Bell:
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
         self.fileno = self.reader.fileno
-        # A worker inherits the master's wake-up descriptor. Until it has replaced it here, its
-        # signals would ring the master's bell; so they are blocked until then.
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.take_wakeups()
+
+    def take_wakeups(self) -> None:
+        """From now on each signal rings.
+
+        A worker inherits the master's wake-up descriptor. Until it has replaced it here, its
+        signals would ring the master's bell; so they are blocked until then.
+        """
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
 
     def handle(self, *signals: int) -> None:
-        """From now on note these signals."""
+        """From now on note these signals, even if our launcher had blocked them."""
         for signum in signals:
             signal.signal(signum, self.note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
     def note(self, signum: int, frame: object) -> None:
         """(main thread) The handler of all our signals sets this flag and does nothing else.
@@ -2608,7 +2779,9 @@ def with_age(facts: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-scoreboard = Scoreboard()  # the master's; its workers inherit it
+# The master's; its workers inherit it. A second copy of this module, which `python -m` and other
+# names for its file make, finds that of the first, see serve().
+scoreboard: Scoreboard = getattr(sys.modules.get("hupserve"), "scoreboard", None) or Scoreboard()
 
 
 class Desks:
@@ -2679,10 +2852,15 @@ def raise_limit_to(needed: int) -> float:
 
 
 # Listeners
-class Listener(socket.socket):
+class Listener(Socket):
     """A listening socket, or one that is bound and will listen at the commit."""
 
     file: os.stat_result | None = None  # of a unix socket of ours: to recognise its file later
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """As the original, but -> a Socket even if the application has replaced socket.socket."""
+        descriptor, address = self._accept()  # type: ignore[attr-defined]
+        return Socket(self.family, self.type, self.proto, descriptor), address
 
     def still_has_its_file(self) -> bool:
         """Is the file at our path still ours? OSError if there is none."""
@@ -3105,10 +3283,37 @@ ELSEWHERE = {
 }
 
 
-def read_config(path: str) -> Config:
-    """-> what the file says, all of it valid. Raises ConfigError."""
+def start_folder() -> str:
+    """-> the present folder, by the path that $PWD has for it, if it has one, as a shell would.
+
+    os.getcwd() follows symbolic links. A link that is switched to a new release leads there only
+    if it stays in the path.
+    """
+    path = os.environ.get("PWD", "")
+    with contextlib.suppress(OSError):
+        if os.path.isabs(path) and os.path.samefile(path, "."):
+            return path
     try:
-        return Ini(path).config()
+        return os.getcwd()
+    except OSError as error:
+        raise OSError(error.errno, f"the current folder: {reason_of(error)}") from None
+
+
+def enter_folder(folder: str) -> None:
+    """Go to where the start folder's path leads now. If it leads nowhere, stay and say so."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        log.warning("the start folder %s: %s", folder, reason_of(error))
+
+
+def read_config(path: str, folder: str = "") -> Config:
+    """-> what the file says, all of it valid. Raises ConfigError.
+
+    folder: what a relative path starts from; by default the present folder.
+    """
+    try:
+        return Ini(path, folder or start_folder()).config()
     except configparser.Error as error:
         place = ""
         if hasattr(error, "option"):
@@ -3121,13 +3326,17 @@ def read_config(path: str) -> Config:
 class Ini(configparser.ConfigParser):
     """The file, parsed once. Its methods raise OSError, ValueError or configparser.Error."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, folder: str):
+        """path: as the operator gave it, for messages. folder: see start_folder()."""
         # [DEFAULT] is inherited only after each section's own keys have been noted.
         super().__init__(default_section="")
         self.path = path
-        full_path = os.path.abspath(path).replace("%", "%%")
-        self["DEFAULT"] = {"here": os.path.dirname(full_path), "__file__": full_path}
-        with open(path, encoding="utf-8-sig", opener=regular_file_opener) as file:
+        self.folder = folder
+        self.full_path = os.path.join(folder, path)
+        enter_folder(folder)  # the paths in the file are relative to it, too
+        absolute = os.path.abspath(self.full_path).replace("%", "%%")
+        self["DEFAULT"] = {"here": os.path.dirname(absolute), "__file__": absolute}
+        with open(self.full_path, encoding="utf-8-sig", opener=regular_file_opener) as file:
             self.read_file(file)
         self.keys_of = {section: list(self[section]) for section in self}
         cast(dict[str, str], self.defaults()).update(self.items("DEFAULT", raw=True))
@@ -3205,8 +3414,9 @@ class Ini(configparser.ConfigParser):
         parts = [*filters, self.part("app", names[-1])]
         found = [part for part in parts if part]
         if settings or len(found) < len(parts):
-            uri = f"config:{urllib.parse.quote(os.path.abspath(self.path))}"
-            return [Part("read by PasteDeploy", "paste.deploy:loadapp", [uri], {})]
+            # PasteDeploy would not find a quoted folder again whose name is not UTF-8.
+            path = os.path.abspath(self.full_path).replace("%", "%25").replace("#", "%23")
+            return [Part("read by PasteDeploy", "paste.deploy:loadapp", [f"config:{path}"], {})]
         return found
 
     def part(self, prefix: str, name: str) -> Part | None:
@@ -3230,6 +3440,7 @@ class Ini(configparser.ConfigParser):
             hint = did_you_mean(kind, settings)
             raise ValueError(f"[{section}] {kind}: {target!r} is not {what}{hint}")
         place = f"[{section}] {kind}: {target}"
+        self.warn_if_imported(place, target.partition(":")[0])
         if kind != "wsgi":
             return Part(place, target, [dict(self["DEFAULT"])], settings)
         if settings:
@@ -3237,6 +3448,12 @@ class Ini(configparser.ConfigParser):
             hint = misplaced([first]) or "; wsgi takes no settings, paste.app_factory does"
             raise ValueError(f"[{section}] {first}: unknown key{hint}")
         return Part(place, match[1], [] if match[2] else None, {})
+
+    def warn_if_imported(self, place: str, module: str) -> None:
+        """(master) What it knows already, the calling program has imported; workers inherit it."""
+        if sys.modules.get(module) not in (None, sys.modules[__name__]):
+            why = "the calling program has imported it, so no reload will see its new code"
+            log.warning("%s: %s: %s", self.path, place, why)
 
 
 def tls_context(certfile: str, keyfile: str) -> ssl.SSLContext | None:
@@ -3395,7 +3612,7 @@ class Log(logging.Handler):
                 count = self.write(data)
             except BlockingIOError:
                 patience = 0 if self.lost else deadline - time.monotonic()
-                if patience <= 0 or not is_ready(self.file, select.POLLOUT, patience):
+                if patience <= 0 or not is_ready(self.file, POLLOUT, patience):
                     raise
                 continue
             data = data[count:]
@@ -3437,9 +3654,9 @@ class StderrLog(Log):
         if self.is_socket:
             return cast(int, self.file.send(data, socket.MSG_DONTWAIT))
         if self.may_wait:  # poll() promises room for no more than PIPE_BUF bytes
-            if not is_ready(self.file, select.POLLOUT, 0):
+            if not is_ready(self.file, POLLOUT, 0):
                 raise BlockingIOError
-            data = data[: select.PIPE_BUF]
+            data = data[:PIPE_BUF]
         return super().write(data)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -3947,16 +4164,31 @@ def serve(config: Config) -> int:
     """
     # Otherwise hupserve:demo_app would import a second copy of this file.
     sys.modules.setdefault("hupserve", sys.modules[__name__])
+    with signals_put_back():
+        try:
+            # Its own logs are opened at the commit. A start that fails creates nothing.
+            before = config._replace(log_file="-", access_log="off")
+            use_logs(open_logs(before, contextlib.ExitStack()))
+            master = Master(config)
+        except (OSError, ConfigError) as error:
+            tell(reason_of(error))
+            return 1
+        return master.run()
+
+
+@contextlib.contextmanager
+def signals_put_back() -> Iterator[None]:
+    """(master) At the end the calling program has its handlers, wake-up descriptor and mask."""
+    handlers = {signum: signal.getsignal(signum) for signum in MASTER_SIGNALS + IGNORED_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    wakeup = signal.set_wakeup_fd(-1)
     try:
-        sys.path.insert(0, os.getcwd())  # now: it may be gone when a replacement starts
-        # Its own logs are opened at the commit. A start that fails creates nothing.
-        before = config._replace(log_file="-", access_log="off")
-        use_logs(open_logs(before, contextlib.ExitStack()))
-        master = Master(config)
-    except (OSError, ConfigError) as error:
-        tell(reason_of(error))
-        return 1
-    return master.run()
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.set_wakeup_fd(wakeup)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ log, its exit status and its processes in /proc. (So the tests need Linux.)
     the reload          what can change, what is refused, what takes long
     the mistakes        an operator's mistakes, at the start, with --check and at a reload
     the signals         who may send what to whom
+    the guest           what an application does to the process it lives in
     the exchange        a table that reads like RFC 9112: bytes in, status and connection out
     the responses       what applications may do, and what they may not
     the slow            clients that take their time
@@ -1109,7 +1110,7 @@ def factory(global_conf, **settings):
 """
 
 # A sitecustomize.py that injects faults into the server. Each one is switched on by a file: forks
-# and threads that fail, a TERM in a child's first moment, and deaths that are noticed late.
+# and threads that fail, a HUP in a child's first moment, and deaths that are noticed late.
 FAULTS = """
 import os
 import signal
@@ -1125,8 +1126,8 @@ def faulty_fork():
     if os.path.exists('nofork'):
         raise BlockingIOError(11, 'no more processes')
     pid = real_fork()
-    if pid == 0 and os.path.exists('killed'):
-        os.kill(os.getpid(), signal.SIGTERM)
+    if pid == 0 and os.path.exists('signalled'):
+        os.kill(os.getpid(), signal.SIGHUP)
     return pid
 
 def late_exit(status):
@@ -1618,32 +1619,35 @@ def test_6_HUPs_during_a_reload_are_remembered_once(serve):
     server.release("held")
 
 
-def test_7_a_worker_that_still_loads_dies_of_TERM_at_once(serve):
-    """Guards: a child takes back the default handlers before its signals are unblocked."""
+def test_7_a_worker_that_still_loads_ignores_stops(serve):
+    """They may have been meant for the whole group. The master alone ends it, and can."""
     server = serve(workers=1)
     old = server.workers()
     server.write_app(GATE + APPLICATION)
     server.touch("gate")
     server.signal()
     [new] = until(lambda: server.workers() - old, "the new worker")
-    os.kill(new, SIGTERM)
-    server.wait_log("reload rolled back: .+")
-    assert server.workers() == old
-    assert server.get().status == 200
+    until(lambda: "/dev/null" in descriptors(new), "it to import")
+    for number in SIGTERM, SIGQUIT, SIGINT:
+        os.kill(new, number)
+    server.remove("gate")
+    server.wait_log("generation 2 serves")
+    assert server.get().json["pid"] == new
+    server.touch("gate")
+    server.signal()
+    until(lambda: len(server.workers()) == 2, "one more to import")
+    server.stop()
 
 
 def test_7_no_signal_is_lost_around_a_fork(serve, folder):
     """Guards: signals are blocked around fork.
 
-    Otherwise a TERM in a child's first moment would run the master's handler.
+    Otherwise a HUP in a child's first moment would run the master's handler, and be lost.
     """
     server = serve_with_faults(serve, folder)
-    server.touch("killed")
-    server.reload_fails("reload rolled back: .*signal 15.*")
-    until(lambda: len(server.workers()) == 2, "the other to end")
-    assert server.get().json["hupserve.generation"] == 1
-    server.remove("killed")
+    server.touch("signalled")
     server.reload()
+    until(lambda: server.log().count("SIGHUP without an order") == 2)
 
 
 def test_7_no_death_is_missed(serve, folder):
@@ -4574,6 +4578,431 @@ def test_signal_HUP_to_the_whole_group_loses_nothing(serve, imports):
             load.more()
     assert load.lost == []
     assert "SIGHUP without an order" in server.log()
+
+
+# ==== the guest ===================================================================================
+
+# What applications do to the process they live in, mostly by an import. Put in front of one.
+TAKEOVERS = {
+    "handlers": """
+import signal, sys
+for number in signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT:
+    signal.signal(number, lambda *_: sys.exit(1))
+""",
+    "default handlers": """
+import signal
+for number in signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT:
+    signal.signal(number, signal.SIG_DFL)
+""",
+    "asyncio": """
+import asyncio, signal
+loop = asyncio.new_event_loop()
+for number in signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1:
+    loop.add_signal_handler(number, print)
+loop.close()
+""",
+    "blocked signals": """
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+""",
+    "removed functions": """
+import select, socket
+del select.poll, select.POLLIN, select.POLLOUT
+
+class Mine(socket.socket):
+    def recv(self, *_):
+        raise AssertionError("not the application's socket")
+
+socket.socket = Mine
+""",
+}
+
+
+@pytest.mark.parametrize("takeover", TAKEOVERS)
+def test_guest_cannot_take_signals_away(serve, takeover):
+    """An idle worker hears a TERM, and neither a reload nor a stop loses what is in flight."""
+    server = serve(workers=1, code=TAKEOVERS[takeover] + APPLICATION)
+    [worker] = server.workers()
+    assert "SigBlk:\t0000000000000000" in Path(f"/proc/{worker}/status").read_text()
+    time.sleep(0.3)  # until it is idle, so that nothing else wakes it
+    os.kill(worker, SIGTERM)
+    until(lambda: server.workers() - {worker} and not alive(worker), "it to be replaced")
+    with server.connect() as client:  # a body for which a thread has to wait
+        assert client.post("/size", b"x" * 1_000_000).body == b"1000000"
+    for order in server.reload, server.stop:
+        held = server.hold(order.__name__)
+        if order == server.stop:
+            server.signal(SIGTERM)
+            until(lambda held=held: drains(held.worker))
+        else:
+            server.reload()
+        server.release(order.__name__)
+        assert held.answer().status == 200
+    assert server.process.wait(DEADLINE) == 0
+
+
+RAISING = """
+import signal
+def raise_timeout(*_):
+    raise TimeoutError("too late")
+signal.signal(signal.SIGALRM, raise_timeout)
+"""
+
+
+def test_guest_signal_handler_that_raises_ends_no_worker(serve):
+    """SIGALRM is the application's, but its handler runs in our main loop."""
+    server = serve(workers=1, code=RAISING + APPLICATION)
+    server.tracebacks = True
+    held = server.hold("held")
+    os.kill(held.worker, signal.SIGALRM)
+    server.wait_log("TimeoutError: too late")
+    server.release("held")
+    assert held.answer().json["pid"] == held.worker
+
+
+THREADS_REPLACED = "import _thread\n_thread.start_new_thread = lambda *_: 0\n"
+
+
+def test_guest_that_replaces_threads_is_refused_in_one_line(serve):
+    """gevent's monkey_patch_all() does: each request would hang."""
+    server = serve()
+    server.write_app(THREADS_REPLACED + APPLICATION)
+    line = server.reload_fails("reload rolled back: .*")
+    assert "hupserve.ini" in line
+    assert "threads" in line
+    assert server.get().json["hupserve.generation"] == 1
+
+
+# Requests leave work behind, which notes that it is done.
+WORKING = """
+import atexit, concurrent.futures, multiprocessing, threading
+
+def work(name):
+    while not os.path.exists("finish " + name):
+        time.sleep(0.01)
+    note("done", name)
+
+def do_executor(environ, start_response):
+    executor = concurrent.futures.ThreadPoolExecutor()
+    executor.submit(work, "executor")
+    return text(start_response, "later")
+
+def do_thread(environ, start_response):
+    threading.Thread(target=work, args=["thread"]).start()
+    return text(start_response, "later")
+
+def do_processes(environ, start_response):
+    global pool
+    pool = concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("fork"))
+    pool.submit(work, "processes")
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=[60], daemon=True).start()
+    return text(start_response, "later")
+
+def do_hand_in(environ, start_response):
+    while not os.path.exists("handed"):
+        time.sleep(0.01)
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        return text(start_response, executor.submit(str, "handed in").result())
+
+atexit.register(lambda: note("done", "exit function"))
+"""
+
+
+@pytest.mark.parametrize("order", ["reload", "stop"])
+def test_guest_threads_and_executors_finish_their_work(serve, order):
+    """Guards: leave() does what the interpreter does at its end, and nothing is left behind."""
+    server = serve(workers=1, code=APPLICATION + WORKING)
+    [worker] = server.workers()
+    for path in "executor", "thread", "processes":
+        assert server.get("/" + path).body == b"later"
+    handing = server.connect()
+    handing.request("GET", "/hand_in")
+    if order == "reload":
+        server.reload()
+    else:
+        server.signal(SIGTERM)
+        until(lambda: drains(worker))
+    server.touch("handed")
+    assert handing.answer().body == b"handed in", "a draining worker's executors work"
+    handing.close()
+    names = ["processes", "executor", "thread"]
+    for name in names:
+        time.sleep(0.1)  # in which the worker could leave
+        assert alive(worker)
+        server.touch(f"finish {name}")
+        until(lambda name=name: name in server.log("done"), name)
+    until(lambda: not alive(worker))
+    assert server.log("done").splitlines() == [*names, "exit function"]
+    until(lambda: len(server.others()) == (2 if order == "reload" else 0))
+
+
+HANGING = """
+import atexit, signal, threading
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+
+def hang():
+    note("hangs", os.getpid())
+    time.sleep(60)
+
+atexit.register(hang)
+threading.Thread(target=time.sleep, args=[60], name="hanging").start()
+"""
+
+
+def test_guest_that_hangs_at_its_end_is_cut_short(serve):
+    """A task that hangs does not keep the exit functions from running. If they hang, that ends.
+
+    Which task it was, the log says.
+    """
+    server = serve(workers=1, code=APPLICATION + HANGING)
+    began = time.monotonic()
+    [worker] = server.workers()
+    server.reload()
+    server.stop()
+    assert 9 < time.monotonic() - began < 20
+    assert len(server.log("hangs").split()) == 2
+    assert server.log().count("leaving: hanging") == 2
+    assert "in hang\n" in server.log(), "faulthandler shows where it hung"
+
+
+def test_guest_request_cut_by_drain_timeout_is_not_waited_for(serve):
+    server = serve(workers=1, drain_timeout=0.1)
+    held = server.hold("held")
+    began = time.monotonic()
+    server.reload()
+    until(lambda: not alive(held.worker))
+    assert time.monotonic() - began < 5
+
+
+ENDING = """
+class Ending(logging.Filter):
+    def filter(self, record):
+        if "/raise" in record.getMessage():
+            raise SystemExit
+        return True
+
+logging.getLogger("hupserve").addFilter(Ending())
+"""
+
+
+def test_guest_thread_that_ends_is_no_longer_counted(serve):
+    server = serve(workers=1, threads=1, code=APPLICATION + ENDING)
+    server.tracebacks = True
+    for _ in range(3):
+        with contextlib.suppress(Cut):
+            assert server.get("/raise").status == 500
+        assert server.get().status == 200
+
+
+LEFT_OPEN = """
+kept = []
+
+def do_keep(environ, start_response):
+    kept.append(environ["wsgi.input"])
+    environ["wsgi.errors"].close()
+    return text(start_response, "kept")
+
+def do_read_kept(environ, start_response):
+    try:
+        return text(start_response, b"read " + kept[0].read())
+    except OSError as error:
+        return text(start_response, "refused")
+"""
+
+
+def test_guest_request_leaves_nothing_for_the_next(serve):
+    """wsgi.input and wsgi.errors are its own."""
+    server = serve(workers=1, threads=1, code=APPLICATION + LEFT_OPEN)
+    with server.connect() as client:
+        client.request("POST", "/keep", b"", "Content-Length: 100000").send(b"first")
+        assert client.answer().body == b"kept"
+        assert server.get("/read_kept").body == b"refused", "its connection is the main thread's"
+        assert server.get("/log?text").body == b"logged"
+
+
+# A program that has hupserve inside: what it leaves behind for the workers is its own.
+CALLER = """
+import atexit, concurrent.futures, multiprocessing, os, signal, subprocess, sys, tempfile
+import threading, time
+import hupserve
+
+def note(line):
+    with open("notes", "a") as file:
+        file.write(line + "\\n")
+
+if __name__ == "__main__":
+    folder = tempfile.TemporaryDirectory(dir=".")
+    ini = os.path.join(folder.name, "hupserve.ini")
+    with open(ini, "w") as file:
+        file.write(open("hupserve.ini").read())
+    atexit.register(note, "exit function")
+    signal.signal(signal.SIGALRM, lambda *_: note("alarm"))
+    executor = concurrent.futures.ThreadPoolExecutor()
+    executor.submit(str)
+    fork = multiprocessing.get_context("fork")
+    daemon = fork.Process(target=time.sleep, args=[60], daemon=True)
+    daemon.start()
+    child = subprocess.Popen(["sh", "-c", "sleep 0.1; exit 7"])
+    sys.stdin.readline()
+    print("printed once")
+    sys.stderr.write("half a line")
+    status = hupserve.main([ini])
+    note(f"status {status}, child {child.wait()}, daemon {daemon.is_alive()}")
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        note("interrupted")
+"""
+
+
+def run_by(command: str) -> list[str]:
+    """A Server's prefix: this command, in which $PYTHON and $INI stand for themselves."""
+    return ["sh", "-c", f'PYTHON="$1" INI="$3"; exec {command}', "sh"]
+
+
+READING = """
+note("argv", sys.argv)
+note("stdin", repr(sys.stdin.read()) + " " + repr(os.read(0, 1)))
+"""
+
+
+def test_guest_of_a_calling_program(serve, folder):
+    """Its exit functions, files, children and output are left to it, by workers that leave, too.
+
+    After the stop it has its signals back, and learns how its children have ended.
+    """
+    (folder / "hupserve.py").symlink_to(HUPSERVE)
+    (folder / "caller.py").write_text(CALLER)
+    (folder / "lines").write_text("one\ntwo\n")
+    with open(folder / "lines") as lines:
+        server = serve(
+            workers=1,
+            code=APPLICATION + READING,
+            env={"PYTHONUNBUFFERED": ""},
+            prefix=run_by('"$PYTHON" caller.py'),
+            popen={"stdin": lines},
+        )
+    server.reload()
+    until(lambda: len(server.workers()) == 1 + 1, "the old worker to leave")
+    assert not (folder / "notes").exists()
+    server.reload()
+    server.stop()
+    assert server.log("notes").splitlines() == [
+        "status 0, child 7, daemon True",
+        "interrupted",
+        "exit function",
+    ]
+    assert set(server.log("stdin").splitlines()) == {"'' b''"}
+    assert server.log().count("printed once") == 1
+    assert server.log().count("half a line") == 1
+    until(lambda: not server.others())
+
+
+IMPORTING_CALLER = """
+import sys
+import app
+import hupserve
+sys.exit(hupserve.main(sys.argv[1:]))
+"""
+
+
+def test_guest_that_the_calling_program_has_imported_gets_a_warning(serve, folder):
+    (folder / "hupserve.py").symlink_to(HUPSERVE)
+    (folder / "caller.py").write_text(IMPORTING_CALLER)
+    server = serve(prefix=run_by('"$PYTHON" caller.py "$INI"'))
+    assert server.log().count("no reload will see its new code") == 1
+    server.reload()
+    assert server.log().count("no reload will see its new code") == 2
+
+
+@pytest.mark.parametrize("command", ["-m package.hupserve", "package/hupserve.py"])
+def test_guest_finds_the_module_that_serves_under_any_name(serve, folder, command):
+    """Guards: a second copy of the module shows the first one's workers."""
+    (folder / "package").mkdir()
+    (folder / "package" / "hupserve.py").symlink_to(HUPSERVE)
+    sections = Server.STATUS.replace("hupserve:", "package.hupserve:")
+    server = serve(sections, prefix=run_by(f'"$PYTHON" {command} "$INI"'))
+    assert len(server.status()) == 2
+
+
+BLOCKING_LAUNCHER = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_guest_and_server_hear_what_their_launcher_had_blocked(serve):
+    server = serve(prefix=[PYTHON, "-c", BLOCKING_LAUNCHER])
+    assert int(server.get("/children").json["SigBlk"], 16) == 0
+    server.reload()
+    os.kill(min(server.workers()), SIGTERM)
+    server.wait_log("SIGTERM")
+    server.stop()
+
+
+def test_guest_has_no_arguments_and_nothing_to_read(serve, folder):
+    """A background job of a terminal would read for ever otherwise."""
+    main, side = pty.openpty()
+    server = serve(workers=1, code=APPLICATION + READING, popen={"stdin": side})
+    os.close(side)
+    assert server.log("argv") == f"{[str(HUPSERVE)]}\n"
+    assert server.log("stdin") == "'' b''\n"
+    os.close(main)
+
+
+def test_guest_follows_the_link_that_it_was_started_in(folder):
+    """The ini, the code and what the ini names by relative paths are the new release's.
+
+    So the old one can be removed.
+    """
+    server = Server(folder, workers=1, code="", log_file="log")
+    for name in "first", "second":
+        (folder / name).mkdir()
+        server.write(greeting=None)
+        (folder / name / "hupserve.ini").write_text(server.ini.read_text())
+        (folder / name / "app.py").write_text(APPLICATION + f"note('../loaded', {name!r})\n")
+    (folder / "current").symlink_to("first")
+    server.prefix = in_shell("cd current")
+    server.ini = Path("hupserve.ini")
+    server.start()
+    with contextlib.ExitStack() as stack:
+        stack.push(server)
+        assert server.log("loaded") == "first\n"
+        (folder / "new").symlink_to("second")
+        os.replace(folder / "new", folder / "current")
+        [worker] = server.workers()
+        os.kill(worker, SIGKILL)
+        [successor] = until(lambda: server.workers() - {worker}, "its successor")
+        until(lambda: os.readlink(f"/proc/{successor}/cwd") == str(folder / "second"))
+        until(lambda: server.log("loaded") == "first\nsecond\n")
+        shutil.rmtree(folder / "first")
+        server.signal()
+        server.wait_log("generation 2 serves", file="second/log")
+        assert server.log("loaded") == "first\nsecond\nsecond\n"
+
+
+@pytest.mark.parametrize("sections", [Server.APP, "[app:main]\nuse = call:app:factory\n"])
+def test_guest_in_a_folder_whose_name_is_not_utf8(folder, sections):
+    if "use" in sections and not importable("paste.deploy"):
+        pytest.skip("the server's interpreter has no PasteDeploy")
+    odd = folder / "\udcff#"
+    odd.mkdir()
+    with Server(odd, sections) as server:
+        server.reload()
+        assert server.get().status == 200
+
+
+def test_guest_in_a_folder_that_is_gone_is_refused_by_name(folder):
+    gone = folder / "gone"
+    command = ["sh", "-c", f'mkdir {gone}; cd {gone}; rmdir {gone}; exec "$@"', "sh"]
+    stop = subprocess.run(
+        [*command, PYTHON, str(HUPSERVE), "hupserve.ini"], capture_output=True, text=True
+    )
+    assert stop.returncode == 2
+    assert "the current folder" in stop.stderr
+    assert len(stop.stderr.splitlines()) == 1
 
 
 # ==== the exchange ================================================================================
