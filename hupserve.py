@@ -961,7 +961,8 @@ def run_worker(child: Child, line: Line) -> None:
         return
     worker = Worker(child, line, bell)
     worker.report()
-    faulthandler.enable(STDERR)  # for a SIGABRT of the master: it works even while a C call hangs
+    # For a SIGABRT of the master: it works even while a C call hangs.
+    faulthandler.enable(stderr_log().file)
     worker.application = load_application(worker.config)
     raise_descriptor_limit(worker)
     fcntl.fcntl(line, fcntl.F_SETFL, os.O_NONBLOCK)
@@ -1046,7 +1047,7 @@ def take_back_from_guest(bell: Bell, config: Config) -> None:
     bell.handle(signal.SIGHUP, *STOPS)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     faulthandler.disable()  # enable() alone would not take SIGABRT back
-    faulthandler.enable(2)
+    faulthandler.enable(stderr_log().file)
 
 
 def refuse_replaced(config: Config, what: str, is_replaced: object) -> None:
@@ -1077,7 +1078,7 @@ def leave(line: Line, status: int) -> NoReturn:
     """
     line.say("exiting")
     # The last resort ends the process even if C code holds the interpreter's lock.
-    faulthandler.dump_traceback_later(EXIT_TIME, exit=True, file=2)
+    faulthandler.dump_traceback_later(EXIT_TIME, exit=True, file=stderr_log().file)
     exit_functions = threading.Lock()  # held by the thread that runs them
 
     def run_exit_functions() -> None:
