@@ -2823,7 +2823,7 @@ class World:
         self.disk: Any = self.config  # what the ini says; None: it has a mistake
         self.adopted: dict[Any, SimListener] = {}
         if self.chance(0.1):
-            self.adopt(self.bind_of(SIM_PORTS[0]))
+            self.adopt((socket.AF_INET, ("127.0.0.1", SIM_PORTS[0])))
         if self.chance(0.03):
             self.config = self.config._replace(listen={}, workers=1, pidfile="")
 
@@ -2842,7 +2842,7 @@ class World:
         pick = self.random.choice
         ports = [port for port in SIM_PORTS if self.chance(0.6)] or [SIM_PORTS[0]]
         return self.simulation.config._replace(
-            listen={f"127.0.0.1:{port}": (self.bind_of(port),) for port in ports},
+            listen=dict(map(self.any_address, ports)),
             workers=pick((1, 2, 2, 3)),
             pidfile=pick(("", "/a.pid", "/b.pid")),
             log_file=pick(("-", "/a.log", "/b.log")),
@@ -2853,9 +2853,13 @@ class World:
             backlog=next(self.steps) + 1,  # it tells the readings apart
         )
 
-    @staticmethod
-    def bind_of(port: int) -> tuple[int, tuple[str, int]]:
-        return socket.AF_INET, ("127.0.0.1", port)
+    def any_address(self, port: int) -> tuple[str, Any]:
+        """Return an address. Now and then it overlaps the one that is served at this port."""
+        hosts = ["127.0.0.1", "0.0.0.0"]
+        if self.is_calm:
+            hosts = [host for host in hosts if f"{host}:{port}" in self.served] or hosts
+        host = hosts[self.chance(0.03) and not self.is_calm]
+        return f"{host}:{port}", ((socket.AF_INET, (host, port)),)
 
     def adopt(self, bind: Any) -> None:
         sock = SimSocket(bind)
@@ -3178,9 +3182,10 @@ class World:
         return listeners
 
     def bound(self, bind: Any) -> SimSocket | None:
-        """Return the listening socket at this address, if there is one."""
+        """Return the listening socket at this port, if there is one."""
+        _, (_, port) = bind
         for sock in self.sockets:
-            if sock.bind == bind and sock.is_listening:
+            if sock.bind[1][1] == port and sock.is_listening:
                 return sock
         return None
 
@@ -3380,7 +3385,7 @@ class World:
     def look_at_fork(self, place: Any) -> None:
         """Invariant 9, and that a place has one worker."""
         key = (place.generation.number, place.number)
-        others = [each for each in self.workers if each.life != "dead" and not each.orders]
+        others = [each for each in self.workers if not each.orders]
         self.expect(not self.is_forced, "a fork after a second stop")
         if self.has_stopped:
             serving = any(each.may_accept() and each.told_go_in < self.turn for each in others)
