@@ -705,8 +705,6 @@ class Master:
 
     def may_be_replaced(self, child: Child) -> bool:
         """For max_requests one at a time: otherwise a whole generation could load at once."""
-        if self.stopping:
-            return False
         old = [place.predecessor for place in child.generation.children if place.predecessor]
         return child.why != MAX_REQUESTS or not any(each.why == MAX_REQUESTS for each in old)
 

@@ -4,13 +4,15 @@
     HUPSERVE_CORE=1 python -m pytest hupserve_test.py     the core, without the operator's part
     HUPSERVE_PYTHON=/path/to/python ...                   another interpreter runs the server
 
-Nothing here is mocked. Every test starts hupserve as its operator would, speaks to it in bytes over
-127.0.0.1, ::1 or a unix socket, sends it signals, and looks at it from outside: at its answers, its
-log, its exit status and its processes in /proc. (So the tests need Linux.)
+Nothing here is mocked, except in one section, the simulated world. Every other test starts hupserve
+as its operator would, speaks to it in bytes over 127.0.0.1, ::1 or a unix socket, sends it signals,
+and looks at it from outside: at its answers, its log, its exit status and its processes in /proc.
+(So the tests need Linux.)
 
     the harness         until, processes, Server, Client, Load, and the application under test
     the invariants      DESIGN's promises 1 to 15, in order
     the reload          what can change, what is refused, what takes long
+    the simulated world the master in 2,000 histories of everything that can happen around it
     the mistakes        an operator's mistakes, at the start, with --check and at a reload
     the signals         who may send what to whom
     the guest           what an application does to the process it lives in
@@ -29,6 +31,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import functools
 import heapq
@@ -2831,7 +2834,7 @@ SIM_LATE = 1.0  # seconds that the master's and a worker's loop may be late toge
 SIM_STALL = 6.0  # seconds at most in which a worker does nothing, and does not hang yet
 SIM_QUIET = 300.0  # seconds in which all that has begun must have come to its end
 SIM_FORCE = 15.0  # seconds in which a second stop must have ended everything
-SIM_SPIN = 200  # wake-ups in a row without anything that has changed
+SIM_SPIN = 400  # wake-ups in one tick, more than ever had a reason
 SIM_BUFFER = 200_000  # bytes that wait unread in a line
 SIM_PORTS = (8001, 8002, 8003)
 
@@ -2873,7 +2876,7 @@ class SimListener:
         rival = self.world.bound(self.sock.bind)
         if self.world.takes_fault("listen") or (rival and rival is not self.sock):
             self.world.note("listen fails", self.sock.bind)
-            raise OSError(98, "Address already in use")
+            raise OSError(errno.EADDRINUSE, "Address already in use")
         self.world.note("listens", self.sock.bind)
         self.sock.is_listening = True
 
@@ -2921,7 +2924,7 @@ class SimEnd:
     def sendall(self, data: bytes) -> None:
         """The master says something: the world looks at it, and the worker will read it."""
         if not self.copies:
-            raise OSError(9, "Bad file descriptor")
+            raise OSError(errno.EBADF, "Bad file descriptor")
         worker = self.peer.worker
         if worker:
             self.world.interrupt()
@@ -2952,6 +2955,7 @@ class SimWorker:
     is_reaped = False
     has_said_ready = False
     has_hurried = False
+    hurried_in = -1  # in which turn of the master
     why = ""  # it asks to leave
     is_being_replaced = False
     was_told_go = False
@@ -2982,9 +2986,6 @@ class SimWorker:
 
     def __str__(self) -> str:
         return f"worker {self.place.number} of {self.generation.number} (pid {self.pid})"
-
-    def is_alive(self) -> bool:
-        return self.status is None
 
     def may_accept(self) -> bool:
         """Has the master told it to serve, and not to drain, as far as the master can know?"""
@@ -3059,6 +3060,8 @@ class SimWorker:
             self.say("leaving", why)
         elif why != "max_requests":
             self.has_hurried = True
+            self.hurried_in = self.world.turn
+            self.world.excused = True  # nobody serves until its successor does
             self.say("hurry")
 
     def hang(self) -> None:
@@ -3105,6 +3108,7 @@ class SimBell:
         return 0
 
     def take_signals(self) -> list[int]:
+        self.world.interrupt()
         received, self.received = self.received, []
         for number in received:
             if number == SIGHUP and not self.world.has_stopped:
@@ -3123,6 +3127,7 @@ class SimPoll:
 
     def register(self, source: Any, event: int) -> None:
         if source is not self.world.bell:
+            self.world.expect(not source.ended, "the master polls a line that has ended")
             self.lines.append(source)
 
     def poll(self, timeout: float | None) -> list[object]:
@@ -3134,10 +3139,10 @@ class SimPoll:
 class World:
     """One history: everything outside of the master, and the promises."""
 
-    # What may happen in a history, and how often compared to the others.
     master: Any
     bell: SimBell
 
+    # What may happen in a history, and how often compared to the others.
     HAPPENINGS = {
         "hup": 8,
         "many hups": 2,
@@ -3149,6 +3154,7 @@ class World:
         "worker asked to leave": 5,
         "worker has answered max_requests": 4,
         "worker dies": 5,
+        "all workers die": 4,
         "worker hangs": 2,
         "worker stalls": 2,
         "group signal": 1,
@@ -3172,6 +3178,7 @@ class World:
         self.workers: list[SimWorker] = []  # not reaped yet
         self.zombies: list[SimWorker] = []
         self.orphans = 0
+        self.bereaved: list[Any] = []  # generations, by a death in this turn of the master
         self.last_end: SimEnd | None = None  # of the last socketpair
         self.sockets: list[SimSocket] = []  # some process holds a copy
         self.open_listeners: set[SimListener] = set()
@@ -3179,6 +3186,7 @@ class World:
         # last life was about as long as STEADY, so that the number is not certain.
         self.places: dict[tuple[int, int], list[float]]
         self.places = collections.defaultdict(lambda: [0, 0, 1])
+        self.served: dict[str, list[SimListener]] = {}  # what the current generation listens on
         self.faults: dict[str, float] = {}  # until when
         self.last_fork_failure = -NEVER
         self.last_sleep = -NEVER
@@ -3195,7 +3203,10 @@ class World:
         self.is_reloading = False
         self.must_say_stopping = 0  # times
         self.said_stopping = 0
-        self.wakeups = 0
+        self.sleeps_until = self.now  # if nothing happens before
+        self.staged_in = 0  # in which turn a stage has changed
+        self.wakeups = 0  # since then
+        self.counts_from = self.now
         # Each history has its own selection, so that some are calm and some are full of one kind.
         names = sorted(self.HAPPENINGS)
         self.selection = {name for name in names if self.chance(0.6)}
@@ -3212,7 +3223,7 @@ class World:
         self.disk: Any = self.config  # what the ini says; None: it has a mistake
         self.adopted: dict[Any, SimListener] = {}
         if self.chance(0.1):
-            self.adopt(self.bind_of(SIM_PORTS[0]))
+            self.adopt((socket.AF_INET, ("127.0.0.1", SIM_PORTS[0])))
         if self.chance(0.03):
             self.config = self.config._replace(listen={}, workers=1, pidfile="")
 
@@ -3231,7 +3242,7 @@ class World:
         pick = self.random.choice
         ports = [port for port in SIM_PORTS if self.chance(0.6)] or [SIM_PORTS[0]]
         return self.simulation.config._replace(
-            listen={f"127.0.0.1:{port}": (self.bind_of(port),) for port in ports},
+            listen=dict(map(self.any_address, ports)),
             workers=pick((1, 2, 2, 3)),
             pidfile=pick(("", "/a.pid", "/b.pid")),
             log_file=pick(("-", "/a.log", "/b.log")),
@@ -3242,9 +3253,13 @@ class World:
             backlog=next(self.steps) + 1,  # it tells the readings apart
         )
 
-    @staticmethod
-    def bind_of(port: int) -> tuple[int, tuple[str, int]]:
-        return socket.AF_INET, ("127.0.0.1", port)
+    def any_address(self, port: int) -> tuple[str, Any]:
+        """Return an address. Now and then it overlaps the one that is served at this port."""
+        hosts = ["127.0.0.1", "0.0.0.0"]
+        if self.is_calm:
+            hosts = [host for host in hosts if f"{host}:{port}" in self.served] or hosts
+        host = hosts[self.chance(0.03) and not self.is_calm]
+        return f"{host}:{port}", ((socket.AF_INET, (host, port)),)
 
     def adopt(self, bind: Any) -> None:
         sock = SimSocket(bind)
@@ -3285,9 +3300,8 @@ class World:
 
     def sleep(self, lines: list[Any], until_then: float) -> None:
         """The master waits. Look at what it has done, then go on to its next wake-up."""
+        self.sleeps_until = until_then
         self.look_around()
-        count = len(self.events)
-        began = self.now
         while not (self.bell.received or any(line.sock.is_readable() for line in lines)):
             if not self.events or self.events[0][0] > until_then:
                 self.look_at_the_end()
@@ -3302,10 +3316,11 @@ class World:
             self.happen()
         if self.chance(0.2):  # the machine is busy
             self.pass_time(self.small_delay())
-        moved = self.now > began or len(self.events) != count
-        self.wakeups = 0 if moved else self.wakeups + 1
-        if self.wakeups > SIM_SPIN:
-            self.violated("the master spins")
+        self.wakeups += 1
+        if self.now > self.counts_from + SIM_TICK:
+            self.wakeups = 0
+            self.counts_from = self.now
+        self.expect(self.wakeups < SIM_SPIN, "the master spins")
         self.woke_at = self.now
         self.turn += 1
 
@@ -3331,12 +3346,14 @@ class World:
             self.after(self.small_delay(), self.let_hup)
 
     def let_stop(self) -> None:
+        self.let_client()
         self.ring(self.random.choice((SIGTERM, SIGTERM, SIGQUIT, SIGINT)))
-        if self.chance(0.3):
+        if self.chance(0.5):
             self.after(self.small_delay(), self.let_stop)
 
     def let_edit(self) -> None:
         self.disk = self.any_config()
+        self.let_client()
         if self.chance(0.7):
             self.ring(SIGHUP)
 
@@ -3347,6 +3364,8 @@ class World:
 
     def let_broken_code(self) -> None:
         self.code_is_broken = True
+        if self.chance(0.3):
+            self.let_all_workers_die()
 
     def let_mended_code(self) -> None:
         self.code_is_broken = False
@@ -3371,6 +3390,14 @@ class World:
     def let_worker_dies(self) -> None:
         for worker in self.any_worker():
             worker.die(self.random.choice((1 << 8, 0, SIGKILL, signal.SIGSEGV)))
+
+    def let_all_workers_die(self) -> None:
+        """Out of memory, say. Half of the time the operator stops the server at that."""
+        for worker in list(self.workers):
+            self.after(self.small_delay(), functools.partial(worker.die, int(SIGKILL)), worker)
+        if self.chance(0.5):
+            self.after(self.small_delay(), self.let_client)
+            self.after(self.small_delay(), self.let_stop)
 
     def let_worker_hangs(self) -> None:
         for worker in self.any_worker():
@@ -3453,11 +3480,13 @@ class World:
         self.expect(self.is_mask_blocked, "a fork without blocked signals")
         place = self.simulation.spawning
         assert self.last_end
+        pause_is_over = self.woke_at > self.last_fork_failure + self.simulation.pause - 1e-6
+        self.expect(pause_is_over, "a fork is tried again without a pause")
         if self.takes_fault("fork"):
             self.note("fork fails")
-            self.last_fork_failure = self.now
+            self.last_fork_failure = self.woke_at
             self.excused = True
-            raise BlockingIOError(11, "Resource temporarily unavailable")
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
         self.look_at_fork(place)
         self.next_pid += 1
         worker = SimWorker(self, self.next_pid, self.last_end, place)
@@ -3472,7 +3501,8 @@ class World:
         if fate == "hangs":
             worker.hangs = True
         else:
-            seconds = self.random.choice((0.01, 0.2, 0.9)) * self.random.random()
+            slowest = 0.2 if self.is_calm else self.random.choice((0.01, 0.2, 0.9))
+            seconds = slowest * self.random.random()
             self.after(seconds, functools.partial(worker.boot, fate), worker)
         return worker.pid
 
@@ -3512,6 +3542,7 @@ class World:
                 worker.is_reaped = True
                 self.note("reaped:", worker)
                 self.count_death(worker)
+                self.bereaved.append(worker.generation)
                 assert worker.status is not None
                 return worker.pid, worker.status
         if not any(pid in (-1, worker.pid) for worker in self.workers):
@@ -3540,10 +3571,10 @@ class World:
                 continue
             if self.bound(bind):
                 self.note("bind: in use", bind)
-                raise OSError(98, "Address already in use")
+                raise OSError(errno.EADDRINUSE, "Address already in use")
             if self.takes_fault("bind"):
                 self.note("bind fails", bind)
-                raise PermissionError(13, "Permission denied")
+                raise OSError(errno.EACCES, "Permission denied")
             sock = SimSocket(bind)
             self.sockets.append(sock)
             self.note("binds", bind)
@@ -3551,9 +3582,10 @@ class World:
         return listeners
 
     def bound(self, bind: Any) -> SimSocket | None:
-        """Return the listening socket at this address, if there is one."""
+        """Return the listening socket at this port, if there is one."""
+        _, (_, port) = bind
         for sock in self.sockets:
-            if sock.bind == bind and sock.is_listening:
+            if sock.bind[1][1] == port and sock.is_listening:
                 return sock
         return None
 
@@ -3638,6 +3670,7 @@ class World:
     def look_at_stage(self, generation: Any, stage: Any) -> None:
         old = generation.stage.name
         self.note("generation", generation.number, old, "->", stage.name)
+        self.staged_in = self.turn
         self.expect(stage.name in self.simulation.stages[old], f"{old} -> {stage.name}")
         if stage.name == "CURRENT":
             self.look_at_commit(generation)
@@ -3645,7 +3678,7 @@ class World:
             self.look_at_roll_back(generation)
 
     def look_at_commit(self, new: Any) -> None:
-        """A reload commits whole: every new worker is ready, and a kept address keeps its socket."""
+        """Every new worker is ready, and an address that stays keeps its sockets."""
         self.expect(not self.has_stopped, "a commit after a stop")
         ready = {
             worker.place.number
@@ -3654,6 +3687,9 @@ class World:
         }
         self.expect(len(ready) == new.config.workers, "a commit before every worker is ready")
         self.expect(len(new.children) == new.config.workers, "a wrong number of workers")
+        for address in new.listeners.keys() & self.served.keys():
+            kept = new.listeners[address] == self.served[address]
+            self.expect(kept, address, "is in both configurations, and is bound again")
 
     def look_at_roll_back(self, generation: Any) -> None:
         """No client has seen it (unless it was the second of two listen() that failed)."""
@@ -3728,7 +3764,7 @@ class World:
         limit = config.drain_timeout
         drained_at = worker.told_at + (limit + self.simulation.overtime if limit else NEVER)
         legitimate = (
-            worker.hangs
+            (worker.hangs and not self.is_unwatched(worker))
             or worker.life == "dead"
             or (
                 worker.life in ("loading", "ready")
@@ -3749,11 +3785,12 @@ class World:
     def look_at_fork(self, place: Any) -> None:
         """Invariant 9, and that a place has one worker."""
         key = (place.generation.number, place.number)
-        others = [each for each in self.workers if each.life != "dead" and not each.orders]
+        others = [each for each in self.workers if not each.orders]
         self.expect(not self.is_forced, "a fork after a second stop")
         if self.has_stopped:
-            serving = any(each.may_accept() for each in self.workers)
+            serving = any(each.may_accept() and each.told_go_in < self.turn for each in others)
             self.expect(not serving, "a fork after a stop, though a worker serves")
+            self.expect(self.places[key][0] <= 1, "a stop forks in a place that has its back-off")
         rivals = [each for each in others if each.key == key]
         leaving = [each for each in rivals if each.why]
         self.expect(len(rivals) == len(leaving) <= 1, "two workers in one place")
@@ -3805,14 +3842,29 @@ class World:
         wanted.update(self.adopted.values())
         self.expect(self.open_listeners == wanted, "a listener is left open")
         self.expect(self.log_file == current.config.log_file, "the logs are another generation's")
+        self.served = current.listeners
         pidfiles = {current.config.pidfile} - {""}
         self.expect(self.pidfiles == pidfiles, "pidfiles:", self.pidfiles, "not", pidfiles)
         is_reloading = bool(master.upcoming and current.number and not master.stopping)
         self.expect(self.is_reloading == is_reloading, "RELOADING without an end by READY")
         self.expect(not self.is_mask_blocked, "signals stay blocked")
+        for generation in self.bereaved:
+            self.expect(generation is not master.upcoming, "a reload outlives its worker")
+        self.bereaved.clear()
+        if not self.bell.received:
+            self.expect(not self.zombies, "a death is overlooked")
+        if master.upcoming:
+            self.look_at_patience(master.upcoming)
         for worker in self.workers:
             self.look_at(worker)
         self.look_at_the_end()
+
+    def look_at_patience(self, new: Any) -> None:
+        """A reload has its time."""
+        is_binding = new.stage.name == "BINDING"
+        limit = self.simulation.bind_patience if is_binding else new.config.boot_timeout
+        is_over = self.woke_at > new.begun_at + limit
+        self.expect(not is_over or self.staged_in == self.turn, "a reload takes too long")
 
     def look_at(self, worker: SimWorker) -> None:
         master = self.master
@@ -3823,6 +3875,12 @@ class World:
             return
         if self.has_stopped and worker.may_accept() and worker.told_go_in < self.turn:
             self.violated(f"{worker} is not told of the stop")
+        if self.has_stopped and worker.may_accept():
+            soon = self.now + SIM_LATE
+            self.expect(self.sleeps_until < soon, "a stop sleeps, though", worker, "serves")
+        if worker.has_hurried and worker.may_accept() and worker.hurried_in + 1 < self.turn:
+            self.violated(f"{worker} hurries in vain")
+        self.expect(worker.end.copies == 1, "the master keeps the end of", worker)
         if worker.generation not in (master.current, master.upcoming):
             done = worker.orders or worker.was_killed or worker.was_aborted
             self.expect(done, worker, "is forgotten")
@@ -3854,10 +3912,9 @@ class World:
             self.violated(f"long after the last event {self.what_is_missing()}")
         if not self.is_calm or self.has_stopped or self.master.stopping:
             return
-        if not self.master.current.config.hang_timeout:
-            for worker in self.workers:
-                if worker.hangs:
-                    worker.die(SIGKILL)  # by the operator
+        for worker in self.workers:
+            if worker.hangs and self.is_unwatched(worker):
+                worker.die(SIGKILL)  # by the operator
         if self.what_is_missing():
             return
         if self.is_changed:
@@ -3870,12 +3927,17 @@ class World:
             self.ring(SIGHUP)
             self.ends_at = self.now + SIM_QUIET
 
+    def is_unwatched(self, worker: SimWorker) -> bool:
+        """May it hang for ever? With hang_timeout = 0 only what has a limit of its own is ended."""
+        is_limited = worker.generation.config.drain_timeout if worker.orders else 0
+        is_limited = is_limited or worker.life in ("loading", "exiting")
+        return not self.master.current.config.hang_timeout and not is_limited
+
     def helps_itself(self) -> bool:
-        """Where nobody watches the workers, a stop with one that hangs is ended by a second stop."""
-        hung = any(worker.hangs for worker in self.workers)
-        watched = self.master.current.config.hang_timeout
+        """A stop with a worker that hangs, which nobody watches, is ended by a second stop."""
+        hung = any(worker.hangs and self.is_unwatched(worker) for worker in self.workers)
         is_stopping = self.has_stopped or self.master.stopping
-        helps = is_stopping and hung and not watched and not self.is_forced
+        helps = is_stopping and hung and not self.is_forced
         if helps:
             self.ring(SIGTERM)
         return helps
@@ -3912,6 +3974,8 @@ class Simulation:
         self.overtime: float = names["OVERTIME"]
         self.steady: float = names["STEADY"]
         self.back_off: Any = names["BACK_OFF"]
+        self.pause: float = names["PAUSE"]
+        self.bind_patience: float = names["BIND_PATIENCE"]
         names["Scoreboard"] = type("Scoreboard", (names["Scoreboard"],), {"SLOTS": 64})
         defaults = {key: read(default) for key, (default, read) in names["KEYS"].items()}
         ini = types.SimpleNamespace(path="sim.ini", folder="/")
@@ -4085,6 +4149,10 @@ SIM_MUTANTS = {
         "        self.let_go_of_everything()\n        for pid",
         "        for pid",
     ),
+    "a stop that waits for nobody": (
+        "or self.must_come_up_first():",
+        "or False:",
+    ),
     "a stop that waits for a place in its back-off": (
         "return child.deaths <= 1 and not self.fork_pause.until",
         "return True",
@@ -4101,6 +4169,10 @@ SIM_MUTANTS = {
         "if old and (old.hurries or child.life == SERVING):",
         "if old and child.life >= BOOTING:",
     ),
+    "a worker that hurries in vain": (
+        "if old and (old.hurries or child.life == SERVING):",
+        "if old and child.life == SERVING:",
+    ),
     "go after drain": (
         "        self.maintain_workers()  # says",
         "        # says",
@@ -4112,6 +4184,10 @@ SIM_MUTANTS = {
     "an address that stays is closed": (
         "dropped = generation.listeners.keys() - heir.listeners.keys()",
         "dropped = generation.listeners.keys()",
+    ),
+    "an address that stays is bound again": (
+        "for address in config.listen if address in kept}",
+        "for address in config.listen if address in ()}",
     ),
     "an address that goes stays open": (
         "dropped = generation.listeners.keys() - heir.listeners.keys()",
@@ -4147,12 +4223,24 @@ SIM_MUTANTS = {
         'self.notify("READY=1", f"reload refused: {error}", logging.ERROR)',
         "pass",
     ),
+    "a bind without patience": (
+        "patience = self.now < new.begun_at + BIND_PATIENCE",
+        "patience = True",
+    ),
     "a death that no reload minds": (
         "if generation.stage == Stage.LOADING:",
         "if False:",
     ),
+    "no boot_timeout for a reload": (
+        "elif self.now > new.begun_at + new.config.boot_timeout:",
+        "elif False:",
+    ),
     "no boot_timeout for a replacement": (
         "return self.since + config.boot_timeout",
+        "return FOREVER",
+    ),
+    "no end to a drain": (
+        "return self.since + config.drain_timeout + OVERTIME",
         "return FOREVER",
     ),
     "no end to the exit functions": (
@@ -4171,6 +4259,10 @@ SIM_MUTANTS = {
         "child.unread + 1 if unsent_bytes(child.line.sock) else 0",
         "0",
     ),
+    "questions without hang_timeout": (
+        "self.asked_at + hang_timeout / (QUESTIONS + 1) if hang_timeout else FOREVER",
+        "self.asked_at + 12",
+    ),
     "all replaced at once for max_requests": (
         "return child.why != MAX_REQUESTS or not any(",
         "return True or not any(",
@@ -4179,13 +4271,31 @@ SIM_MUTANTS = {
         "before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
         "before = signal.pthread_sigmask(signal.SIG_SETMASK, ())",
     ),
+    "the worker's end of the line kept": ("            theirs.close()\n", ""),
     "a fork that fails ends the master": (
         "except OSError as error:\n            self.fork_pause",
         "except KeyError as error:\n            self.fork_pause",
     ),
+    "a fork that fails is tried without a pause": (
+        "self.fork_pause.begin(self.now, error)",
+        "pass",
+    ),
     "one death reaped for each signal": (
         "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n",
-        "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n                return\n",
+        "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n"
+        "                return\n",
+    ),
+    "a reap before the bell is emptied": (
+        "            self.obey()\n            self.reap()\n",
+        "            self.reap()\n            self.obey()\n",
+    ),
+    "a stop that sleeps when a worker has come up": (
+        "must_still_drain = self.stopping and self.current.listeners",
+        "must_still_drain = False",
+    ),
+    "a spinning master": (
+        "            if not child.line.ended:\n                poll",
+        "            if True:\n                poll",
     ),
     "no look while a reload is under way": (
         "            due.append(self.now + TICK)\n",
