@@ -58,7 +58,7 @@ The parts. Part I alone is the reload; it can be read without the others.
     I    The reload      the states; the master; the worker's side: boot, obey, drain, leave
     II   Serving         one thread owns the sockets, the others run the application
     III  One exchange    RFC 9110, RFC 9112 and PEP 3333: read a request, send a response
-    IV   Tools           bell, line, listeners, scoreboard, fork guards
+    IV   Tools           bell, line, scoreboard, limits, listeners, fork guard, the guest
     V    The operator    configuration, logs, pidfile, systemd, status and demo, command line
 """
 
@@ -974,141 +974,6 @@ def run_worker(child: Child, line: Line) -> None:
         log.warning("drain_timeout: %d requests in flight are cut short", worker.in_flight)
     worker.enter(EXITING)
     worker.report()
-
-
-# The guest. The application lives in this process and may change anything there, mostly by
-# accident. These three functions say what of the process is its own: what it finds, what is taken
-# back from it, and how its threads, executors and exit functions end.
-def prepare_for_guest(bell: Bell, folder: str) -> None:
-    """(worker) Before the application is loaded: make the process its own, and unblock signals."""
-    for signum in signal.valid_signals():
-        if callable(signal.getsignal(signum)):  # it is the master's or the calling program's
-            signal.signal(signum, signal.SIG_DFL)
-    # A stop may have been meant for the whole group. The master ends this process if it must.
-    for signum in STOPS:
-        signal.signal(signum, lambda number, frame: None)
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
-    bell.handle(signal.SIGHUP, *IGNORED_SIGNALS)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    enter_folder(folder)
-    sys.path.insert(0, folder)
-    del sys.argv[1:]
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    forget_the_callers_output()
-    forget_the_callers_exit_functions()
-
-
-def forget_the_callers_output() -> None:
-    """(worker) What the calling program has printed may still be buffered: it prints that itself.
-
-    Here it goes to /dev/null, by a flush while the stream's descriptor leads there.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # it has no descriptor
-            descriptor = stream.fileno()
-            kept = os.dup(descriptor)
-            os.dup2(0, descriptor)
-            with contextlib.suppress(OSError):
-                stream.flush()
-            os.dup2(kept, descriptor)
-            os.close(kept)
-
-
-def forget_the_callers_exit_functions() -> None:
-    """(worker) They would delete the calling program's files and end its children.
-
-    Those of Python's own modules are registered again: they serve the application, too.
-    """
-    atexit._clear()
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
-    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
-    atexit.register(logging.shutdown)
-    if "multiprocessing.util" in sys.modules:
-        atexit.register(sys.modules["multiprocessing.util"]._exit_function)
-        sys.modules["multiprocessing.process"]._children.clear()
-
-
-def take_back_from_guest(bell: Bell, config: Config) -> None:
-    """(worker) After the application is loaded: what we rely on, and it may have changed.
-
-    From now on its code runs in other threads, which cannot change signals. Raises ConfigError for
-    an application that would make our threads hang, or every TLS connection fail.
-    """
-    refuse_replaced(config, "threads", _thread.start_new_thread is not start_new_thread)
-    refuse_replaced(config, "ssl", config.tls and ssl.SSLSocket is not SSLSocket)
-    for signum in signal.valid_signals():
-        handler = signal.getsignal(signum)
-        if callable(handler):
-            signal.signal(signum, shielded(handler))
-    bell.take_wakeups()
-    bell.handle(signal.SIGHUP, *STOPS)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    faulthandler.disable()  # enable() alone would not take SIGABRT back
-    faulthandler.enable(stderr_log().file)
-
-
-def refuse_replaced(config: Config, what: str, is_replaced: object) -> None:
-    if is_replaced:
-        reason = f"the application replaces Python's {what}, on which hupserve relies"
-        hint = "(monkey_patch() of gevent and eventlet does)"
-        raise ConfigError(f"{config.ini.path}: {reason} {hint}")
-
-
-def shielded(handler: Callable[..., object]) -> Callable[..., None]:
-    """-> a signal handler of the application's that cannot end our main loop by an exception."""
-
-    def handle(signum: int, frame: object) -> None:
-        try:
-            handler(signum, frame)
-        except BaseException:
-            log.exception("the application's handler for signal %d", signum)
-
-    return handle
-
-
-def leave(line: Line, status: int) -> NoReturn:
-    """(worker) End the process as the interpreter ends, but within EXIT_TIME.
-
-    First the application's threads and executors finish, then the exit functions run. A task that
-    hangs does not keep them from running: a helper thread runs them after half of the time.
-    Request threads are not waited for: they are idle, or drain_timeout has cut their requests.
-    """
-    line.say("exiting")
-    # The last resort ends the process even if C code holds the interpreter's lock.
-    faulthandler.dump_traceback_later(EXIT_TIME, exit=True, file=stderr_log().file)
-    exit_functions = threading.Lock()  # held by the thread that runs them
-
-    def run_exit_functions() -> None:
-        with exit_functions:
-            atexit._run_exitfuncs()
-
-    def hurry() -> None:
-        time.sleep(EXIT_TIME / 2)
-        still_there = ", ".join(guests_threads()) or "an exit function"
-        message = "leaving: %s: not done after %g s, is cut short after %d s"
-        log.warning(message, still_there, EXIT_TIME / 2, EXIT_TIME)
-        run_exit_functions()
-
-    flush_stdout = functools.partial(print, end="", flush=True)
-    flush_stderr = functools.partial(print, end="", flush=True, file=sys.stderr)
-    start_helper = threading.Thread(target=hurry, daemon=True).start
-    wait_for_threads = threading._shutdown  # type: ignore[attr-defined]
-    for step in (start_helper, wait_for_threads, run_exit_functions, flush_stdout, flush_stderr):
-        with contextlib.suppress(BaseException):
-            step()
-    os._exit(status)
-
-
-def guests_threads() -> list[str]:
-    """-> the names of the threads that leave() waits for."""
-    return [
-        thread.name
-        for thread in threading.enumerate()
-        if not thread.daemon
-        and thread is not threading.main_thread()
-        and not thread.name.startswith(REQUEST_THREAD)
-    ]
 
 
 # ==================================================================================================
@@ -2615,8 +2480,8 @@ escaped("")  # PyPy opens files at the first call, and a worker may have no desc
 # ==================================================================================================
 # Part IV: tools
 #
-# What wakes a main loop and how the processes talk, the listening sockets, the memory they share,
-# and what happens when the application forks.
+# What wakes a main loop and how the processes talk, the memory they share, the listening sockets,
+# what happens when the application forks, and what of the process is the application's.
 # ==================================================================================================
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 LONGEST_UNIX_PATH = 107  # bytes, in Linux's struct sockaddr_un
@@ -3017,6 +2882,141 @@ class ForkGuard:
         for connections in worker.by_state:
             for connection in connections:
                 connection.sock.close()
+
+
+# The guest. The application lives in this process and may change anything there, mostly by
+# accident. These three functions say what of the process is its own: what it finds, what is taken
+# back from it, and how its threads, executors and exit functions end.
+def prepare_for_guest(bell: Bell, folder: str) -> None:
+    """(worker) Before the application is loaded: make the process its own, and unblock signals."""
+    for signum in signal.valid_signals():
+        if callable(signal.getsignal(signum)):  # it is the master's or the calling program's
+            signal.signal(signum, signal.SIG_DFL)
+    # A stop may have been meant for the whole group. The master ends this process if it must.
+    for signum in STOPS:
+        signal.signal(signum, lambda number, frame: None)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    bell.handle(signal.SIGHUP, *IGNORED_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    enter_folder(folder)
+    sys.path.insert(0, folder)
+    del sys.argv[1:]
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    forget_the_callers_output()
+    forget_the_callers_exit_functions()
+
+
+def forget_the_callers_output() -> None:
+    """(worker) What the calling program has printed may still be buffered: it prints that itself.
+
+    Here it goes to /dev/null, by a flush while the stream's descriptor leads there.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it has no descriptor
+            descriptor = stream.fileno()
+            kept = os.dup(descriptor)
+            os.dup2(0, descriptor)
+            with contextlib.suppress(OSError):
+                stream.flush()
+            os.dup2(kept, descriptor)
+            os.close(kept)
+
+
+def forget_the_callers_exit_functions() -> None:
+    """(worker) They would delete the calling program's files and end its children.
+
+    Those of Python's own modules are registered again: they serve the application, too.
+    """
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
+    if "multiprocessing.util" in sys.modules:
+        atexit.register(sys.modules["multiprocessing.util"]._exit_function)
+        sys.modules["multiprocessing.process"]._children.clear()
+
+
+def take_back_from_guest(bell: Bell, config: Config) -> None:
+    """(worker) After the application is loaded: what we rely on, and it may have changed.
+
+    From now on its code runs in other threads, which cannot change signals. Raises ConfigError for
+    an application that would make our threads hang, or every TLS connection fail.
+    """
+    refuse_replaced(config, "threads", _thread.start_new_thread is not start_new_thread)
+    refuse_replaced(config, "ssl", config.tls and ssl.SSLSocket is not SSLSocket)
+    for signum in signal.valid_signals():
+        handler = signal.getsignal(signum)
+        if callable(handler):
+            signal.signal(signum, shielded(handler))
+    bell.take_wakeups()
+    bell.handle(signal.SIGHUP, *STOPS)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    faulthandler.disable()  # enable() alone would not take SIGABRT back
+    faulthandler.enable(stderr_log().file)
+
+
+def refuse_replaced(config: Config, what: str, is_replaced: object) -> None:
+    if is_replaced:
+        reason = f"the application replaces Python's {what}, on which hupserve relies"
+        hint = "(monkey_patch() of gevent and eventlet does)"
+        raise ConfigError(f"{config.ini.path}: {reason} {hint}")
+
+
+def shielded(handler: Callable[..., object]) -> Callable[..., None]:
+    """-> a signal handler of the application's that cannot end our main loop by an exception."""
+
+    def handle(signum: int, frame: object) -> None:
+        try:
+            handler(signum, frame)
+        except BaseException:
+            log.exception("the application's handler for signal %d", signum)
+
+    return handle
+
+
+def leave(line: Line, status: int) -> NoReturn:
+    """(worker) End the process as the interpreter ends, but within EXIT_TIME.
+
+    First the application's threads and executors finish, then the exit functions run. A task that
+    hangs does not keep them from running: a helper thread runs them after half of the time.
+    Request threads are not waited for: they are idle, or drain_timeout has cut their requests.
+    """
+    line.say("exiting")
+    # The last resort ends the process even if C code holds the interpreter's lock.
+    faulthandler.dump_traceback_later(EXIT_TIME, exit=True, file=stderr_log().file)
+    exit_functions = threading.Lock()  # held by the thread that runs them
+
+    def run_exit_functions() -> None:
+        with exit_functions:
+            atexit._run_exitfuncs()
+
+    def hurry() -> None:
+        time.sleep(EXIT_TIME / 2)
+        still_there = ", ".join(guests_threads()) or "an exit function"
+        message = "leaving: %s: not done after %g s, is cut short after %d s"
+        log.warning(message, still_there, EXIT_TIME / 2, EXIT_TIME)
+        run_exit_functions()
+
+    flush_stdout = functools.partial(print, end="", flush=True)
+    flush_stderr = functools.partial(print, end="", flush=True, file=sys.stderr)
+    start_helper = threading.Thread(target=hurry, daemon=True).start
+    wait_for_threads = threading._shutdown  # type: ignore[attr-defined]
+    for step in (start_helper, wait_for_threads, run_exit_functions, flush_stdout, flush_stderr):
+        with contextlib.suppress(BaseException):
+            step()
+    os._exit(status)
+
+
+def guests_threads() -> list[str]:
+    """-> the names of the threads that leave() waits for."""
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if not thread.daemon
+        and thread is not threading.main_thread()
+        and not thread.name.startswith(REQUEST_THREAD)
+    ]
 
 
 # ==================================================================================================
