@@ -232,6 +232,7 @@ class Child:
 
     def enter(self, life: Life) -> None:
         """The one place where a worker's life changes in the master's books."""
+        log.debug("%s of generation %d: %s", self, self.generation.number, life.name.lower())
         self.life = life
         self.since = time.monotonic()
 
@@ -312,6 +313,7 @@ class Generation:
 
     def enter(self, stage: Stage) -> None:
         """The one place where a generation's stage changes."""
+        log.debug("generation %d: %s", self.number, stage.name.lower())
         self.stage = stage
 
 
@@ -389,6 +391,7 @@ class Master:
     # What comes from the operator
     def obey(self) -> None:
         for signum in self.bell.take_signals():
+            log.debug("heard %s", signal.Signals(signum).name)
             if signum in STOPS and self.stopping:
                 self.stop_by_force()
             elif signum in STOPS:
@@ -478,6 +481,7 @@ class Master:
 
     def bury(self, child: Child, code: int) -> None:
         """A worker has ended. Does that end a reload, must it be replaced, or was it to go?"""
+        log.debug("reaped %s", child)
         child.hear()  # its last words
         child.line.sock.close()
         scoreboard.write(child.slot, None)
@@ -540,6 +544,11 @@ class Master:
             return
         number = next(self.generation_numbers)
         self.upcoming = Generation(number, config, self.adopted, self.current.listeners)
+        now = config.listen.keys()
+        before = self.current.listeners.keys()
+        changes = [in_words(now & before), in_words(now - before), in_words(before - now)]
+        message = "generation %d: configuration read; addresses kept: %s; new: %s; dropped: %s"
+        log.debug(message, number, *changes)
 
     def bind(self, new: Generation) -> None:
         """Bind the new addresses. One that stays keeps its sockets, and with them its queue."""
@@ -585,6 +594,7 @@ class Master:
             self.roll_back(str(error))
             return
         use_logs(logs)
+        log.debug("generation %d: every worker is ready: commit", new.number)
         self.current = new
         self.upcoming = None
         new.enter(Stage.CURRENT)
@@ -654,7 +664,9 @@ class Master:
         if child.life == BOOTING:
             self.kill(child)
         else:
-            child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)
+            grace = child.generation.config.idle_grace
+            log.debug("drain, to %s; addresses that nobody inherits: %s", child, in_words(dropped))
+            child.line.say("drain", sorted(dropped), grace)
             os.kill(child.pid, signal.SIGHUP)
         child.enter(DRAINING)
 
@@ -695,6 +707,7 @@ class Master:
         if child.life == VACANT:
             self.fork_when_due(child)
         elif child.life == READY and child.generation.stage == Stage.CURRENT:
+            log.debug("go, to %s", child)
             child.line.say("go")
             child.enter(SERVING)
         old = child.predecessor
@@ -828,7 +841,7 @@ class Master:
 class WorkerLife:
     """(worker) The worker's side of the protocol. All of it runs in the worker's main thread.
 
-    Its subclass Worker, in Part II, serves. It must provide the four methods at the end.
+    Its subclass Worker, in Part II, serves. It must provide the five methods at the end.
     """
 
     life = BOOTING
@@ -850,6 +863,7 @@ class WorkerLife:
 
     def enter(self, life: Life) -> None:
         """The one place where a worker's life changes, as the worker knows it."""
+        log.debug("worker %d: %s", self.number, life.name.lower())
         self.life = life
 
     def drains(self) -> bool:
@@ -926,9 +940,11 @@ class WorkerLife:
                 self.give_up_at = self.now + self.config.drain_timeout
             self.stop_accepting()
             self.close_listeners(but_empty_first=dropped if has_listened else ())
+            self.tell_what_is_left()
         else:
             self.shorten_lingering()  # INT alone orders twice: a person waits at a terminal
         self.shorten_grace(grace)
+        log.debug("drain: an idle connection has %g s", grace)
 
     def stop_accepting(self) -> None:
         """Take the listeners out of the selector."""
@@ -936,6 +952,10 @@ class WorkerLife:
 
     def close_listeners(self, but_empty_first: Collection[str]) -> None:
         """Close the listeners now, but those of these addresses when their queue is empty."""
+        raise NotImplementedError
+
+    def tell_what_is_left(self) -> None:
+        """Log what this worker has begun and must finish."""
         raise NotImplementedError
 
     def shorten_grace(self, grace: float) -> None:
@@ -959,6 +979,7 @@ def run_worker(child: Child, line: Line) -> None:
         return
     worker = Worker(child, line, bell)
     worker.report()
+    log.debug("worker %d: loading the application", worker.number)
     # For a SIGABRT of the master: it works even while a C call hangs.
     faulthandler.enable(stderr_log().file)
     worker.application = load_application(worker.config)
@@ -972,6 +993,8 @@ def run_worker(child: Child, line: Line) -> None:
     worker.run()
     if worker.in_flight:
         log.warning("drain_timeout: %d requests in flight are cut short", worker.in_flight)
+    else:
+        log.debug("drain: the last connection is gone")
     worker.enter(EXITING)
     worker.report()
 
@@ -1646,7 +1669,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.close_listener(listener)
 
     def close_listener(self, listener: Listener) -> None:
-        del self.listeners[listener]
+        log.debug("drain: closed the listener of %s", self.listeners.pop(listener))
         listener.close()
 
     def empty_queues(self) -> None:
@@ -1657,8 +1680,11 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         if self.life != DRAINING:
             return
         for listener in list(self.listeners):
+            before = self.open_connections
             while self.now >= self.accept_pause.until and self.admit(listener):
                 pass
+            accepted = self.open_connections - before
+            log.debug("drain: accepted %d clients from the queue", accepted)
             if self.now >= self.accept_pause.until:
                 self.close_listener(listener)
 
@@ -1677,6 +1703,12 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             connection.deadline = min(connection.deadline, due)
 
     # Report
+    def tell_what_is_left(self) -> None:
+        idle = len(self.by_state[NEW]) + len(self.by_state[IDLE])
+        others = self.open_connections - self.in_flight - idle
+        message = "drain: %d requests in flight, %d other connections busy, %d idle"
+        log.debug(message, self.in_flight, others, idle)
+
     def explain(self) -> None:
         """(main thread) Say what every operator asks: why is the old worker still there?"""
         if self.now < self.explain_at:
@@ -2989,6 +3021,7 @@ def leave(line: Line, status: int) -> NoReturn:
 
     def run_exit_functions() -> None:
         with exit_functions:
+            log.debug("leaving: running the exit functions")
             atexit._run_exitfuncs()
 
     def hurry() -> None:
@@ -3002,6 +3035,7 @@ def leave(line: Line, status: int) -> NoReturn:
     flush_stderr = functools.partial(print, end="", flush=True, file=sys.stderr)
     start_helper = threading.Thread(target=hurry, daemon=True).start
     wait_for_threads = threading._shutdown  # type: ignore[attr-defined]
+    log.debug("leaving: waiting for the application's threads: %s", guests_threads() or "none")
     for step in (start_helper, wait_for_threads, run_exit_functions, flush_stdout, flush_stderr):
         with contextlib.suppress(BaseException):
             step()
@@ -4134,6 +4168,10 @@ def tell(reason: object, level: int = logging.ERROR) -> None:
     """Say something to the person at the terminal, whatever the log_file."""
     record = logging.LogRecord("", level, "", 0, "hupserve: %s", (reason,), None)
     stderr_log().handle(record)
+
+
+def in_words(addresses: Iterable[str]) -> str:
+    return " ".join(sorted(addresses)) or "none"
 
 
 def count_workers(config: Config) -> str:

@@ -6445,6 +6445,45 @@ def test_operator_access_log_has_english_months(serve, folder):
     assert months.index(line[1]) == 3 * (time.localtime().tm_mon - 1)
 
 
+PROTOCOL = [
+    r"heard SIGHUP",
+    r"generation 2: configuration read; addresses kept: 127\S+; new: 127\S+; dropped: none",
+    r"generation 2: loading",
+    r"worker 0 \(pid \d+\) of generation 2: booting",
+    r"worker 0 \(pid \d+\) of generation 2: ready",
+    r"generation 2: every worker is ready: commit",
+    r"go, to worker 0 \(pid \d+\)",
+    r"drain, to worker 0 \(pid \d+\); addresses that nobody inherits: none",
+    r"drain: closed the listener of 127",
+    r"drain: 1 requests in flight, 0 other connections busy, 1 idle",
+    r"drain: an idle connection has 0\.1 s",
+    r"drain: the last connection is gone",
+    r"leaving: waiting for the application's threads: none",
+    r"leaving: running the exit functions",
+    r"reaped worker 0 \(pid \d+\)",
+]
+
+
+@beyond_core
+def test_operator_the_log_tells_the_protocol_at_debug(serve):
+    """Guards: one line a step by master and workers, in this order, and none of them at info."""
+    server = serve(workers=1, log_level="debug", idle_grace=0.1)
+    held = server.hold("held")
+    server.connect().get()
+    server.reload(listen=f"{server.keys['listen']} 127.0.0.1:{free_port()}")
+    server.release("held")
+    held.answer()
+    since = 0
+    for pattern in PROTOCOL:
+        server.wait_log(pattern, since)
+        since += until(lambda: re.search(pattern, server.log()[since:]), pattern).start()
+    server.reload(log_level="info")
+    until(lambda: len(server.workers()) == 1, "the last worker that logs at debug to end")
+    quiet_from = len(server.log())
+    server.reload()
+    assert "DEBUG" not in server.log()[quiet_from:]
+
+
 @beyond_core
 def test_operator_log_files_follow_rotation(serve, folder):
     """They are renamed under load, without a signal or with USR1, and no line is lost."""
