@@ -1870,7 +1870,6 @@ def test_11_but_a_client_that_does_nothing_or_never_stops_is_let_go(serve, impat
     """Guards: the two limits of lingering. They hold in a drain, too."""
     server = serve(workers=1, max_body=MAX_BODY)
     (worker,) = server.workers()
-    server.get()
     before = len(descriptors(worker))
     began = time.monotonic()
     linger(server)  # and do nothing
