@@ -1898,7 +1898,7 @@ def test_replace_after_max_requests_one_worker_at_a_time(serve):
     assert order[0] == "max_requests: asking"
 
 
-HANGING = """
+HARD_WORK = """
 import re
 def do_regex(environ, start_response):
     re.match("(a+)+$", "a" * 40 + "b")
@@ -1913,7 +1913,7 @@ def do_compute(environ, start_response):
 @pytest.mark.parametrize("how", ["a regular expression", "a stopped process"])
 def test_replace_a_worker_that_hangs(serve, how):
     """Guards: watch_workers(), Desks, faulthandler. The other worker serves on meanwhile."""
-    server = serve(code=APPLICATION + HANGING, workers=2, hang_timeout=1.5)
+    server = serve(code=APPLICATION + HARD_WORK, workers=2, hang_timeout=1.5)
     old = server.workers()
     client = server.connect()
     if how == "a regular expression":
@@ -1937,7 +1937,7 @@ def test_replace_a_worker_that_hangs(serve, how):
 
 def test_replace_nobody_that_only_works_hard_or_sleeps(serve):
     """Guards: four questions, each after a turn of the master's own loop."""
-    server = serve(code=APPLICATION + HANGING, workers=1, threads=16, hang_timeout=2)
+    server = serve(code=APPLICATION + HARD_WORK, workers=1, threads=16, hang_timeout=2)
     old = server.workers()
     clients = [server.connect() for _ in range(16)]
     for client in clients:
@@ -1955,7 +1955,7 @@ def test_replace_nobody_that_only_works_hard_or_sleeps(serve):
 
 def test_replace_a_draining_worker_that_hangs_ends(serve):
     """Guards: the watch goes on in old generations, and in a stop."""
-    server = serve(code=APPLICATION + HANGING, workers=1, hang_timeout=0.5)
+    server = serve(code=APPLICATION + HARD_WORK, workers=1, hang_timeout=0.5)
     client = server.connect()
     client.request("GET", "/regex")
     [old] = server.workers()
