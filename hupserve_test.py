@@ -23,11 +23,68 @@ and looks at it from outside: at its answers, its log, its exit status and its p
     the benchmark       python hupserve_test.py bench: hupserve and its peers, in ratios
 
 A test waits for conditions, by until(). It waits for a time only where time itself is the promise.
+
+The index: a promise, the function of hupserve.py that keeps it, and the test that fails without it.
+(The names of all tests begin with test_.)
+
+1   no client is refused or reset, and the idle get a grace
+    Master.settle                 1_no_client_is_refused_or_reset_across_reloads
+    Worker.shorten_grace          1_an_idle_connection_gets_its_grace
+    Worker.expire                 1_a_connection_is_read_once_more_before_it_is_closed
+2   what has begun is answered, across a reload, a stop and a replacement
+    Exchange.may_keep             2_what_has_begun_is_answered_across
+    Worker.empty_queues           signal_TERM_answers_all_that_came
+    Master.must_come_up_first     replace_a_TERM_to_the_whole_group_is_a_stop_that_loses_nothing
+3   a reload commits whole or changes nothing
+    Master.roll_back              3_a_reload_commits_whole_or_changes_nothing
+    Master.commit                 3_a_roll_back_leaves_no_file_behind
+4   a worker drains when what replaces it is ready, and is told once
+    Master.advance_reload         4_no_old_worker_drains_before_every_new_one_is_ready
+    Master.settle                 world_keeps_every_promise
+5   one thread counts what is in flight, and a worker leaves only at zero
+    Worker.take_back              5_the_counter_is_exact_and_a_worker_leaves_only_at_zero
+6   a signal handler sets a flag
+    Bell.note                     6_a_TERM_is_heard_in_a_flood_of_HUPs
+7   no signal is lost around a fork, and a worker that loads ignores stops
+    Master.spawn                  7_no_signal_is_lost_around_a_fork
+    prepare_for_guest             7_a_worker_that_still_loads_ignores_stops
+8   workers outlive no master
+    WorkerLife.on_line            8_workers_outlive_no_master
+    run_worker                    8_nor_do_workers_that_still_load
+9   a worker that dies is replaced, with a back-off
+    Master.fill_place_of          9_a_worker_that_dies_is_replaced
+    Child.successor               9_a_crash_loop_backs_off
+10  a slow client costs no thread
+    take_request                  10_a_slow_client_costs_no_thread
+11  no answer is lost to a reset of our own
+    Worker.linger                 11_no_answer_is_lost_to_a_reset_of_our_own
+    Worker.end_idle_lingering     11_but_a_client_that_does_nothing_or_never_stops_is_let_go
+12  a child keeps no descriptor that is not its own
+    Master.close_what_is_not_for  12_a_child_keeps_no_descriptor_that_is_not_its_generations
+    ForkGuard.close_everything    12_an_applications_children_keep_none_and_block_nothing
+13  out of descriptors or processes is a pause
+    Pause.begin                   13_out_of_descriptors_is_a_pause_and_never_a_spin
+    Master.spawn                  13_a_fork_that_fails_is_a_pause_and_never_a_crash
+14  the guest cannot take the worker away
+    take_back_from_guest          guest_cannot_take_signals_away
+    take_back_loggers             14_the_application_cannot_silence_our_logs
+15  a log that cannot be written costs lines
+    Log.write_all                 15_a_reader_that_is_stuck_costs_lines_and_nothing_else
+Replacement: a worker that is to go serves until its successor does, or is told to hurry
+    Master.maintain               replace_a_worker_that_got_a_TERM_serves_until_its_successor_does
+    Master.fill_place_of          replace_a_successor_that_cannot_boot_leaves_the_old_worker_serving
+    WorkerLife.ask_to_leave       replace_a_second_TERM_drains_at_once
+Replacement: max_requests is a reason for one worker at a time
+    Master.may_be_replaced        replace_after_max_requests_one_worker_at_a_time
+Replacement: a worker hangs that leaves four questions in a row unread
+    Master.watch_workers          replace_a_worker_that_hangs
+    Master.ask                    replace_nobody_that_only_works_hard_or_sleeps
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
 import concurrent.futures
 import contextlib
@@ -770,6 +827,23 @@ def folder() -> Iterator[Path]:
     """A new folder. Its path is short, because that of a unix socket is at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="hupserve") as path:
         yield Path(path)
+
+
+def test_the_index_names_what_there_is():
+    """Its functions are in hupserve.py, and its tests are here."""
+    functions = set()
+    for node in ast.parse(HUPSERVE.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            functions.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            functions |= {f"{node.name}.{method.name}" for method in methods}
+    _, _, index = (__doc__ or "").partition("The index: ")
+    rows = re.findall(r"(?m)^ {4}(\S+) +(\w+)$", index)
+    assert len(rows) > 30
+    for function, test in rows:
+        assert function in functions
+        assert f"test_{test}" in globals(), test
 
 
 def test_what_is_not_tested_here_is_told_at_the_end(folder):
