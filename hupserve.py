@@ -1597,7 +1597,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         It is read past TLS: to decrypt it would be work for nothing.
         """
         try:
-            came = socket.socket.recv(connection.sock, PIECE)
+            came = Socket.recv(connection.sock, PIECE)
         except NO_DATA_YET:
             return
         except OSError:
