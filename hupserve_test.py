@@ -1521,7 +1521,7 @@ def test_2_and_a_request_behind_one_that_waited_for_a_thread_is_answered(serve):
 
 def test_2_long_requests_cross_two_reloads_whole(serve):
     """Guards: a drain has no limit of its own (drain_timeout = 0)."""
-    server = serve(workers=1)
+    server = serve(workers=1, idle_grace=1)
     small = server.connect()
     large = server.connect()
     chunked = server.connect()
@@ -2000,7 +2000,7 @@ def test_replace_a_second_TERM_drains_at_once(serve):
 @pytest.mark.parametrize("moment", ["boots", "leaves", "drains", "has died"])
 def test_replace_a_TERM_to_the_whole_group_is_a_stop_that_loses_nothing(serve, moment):
     """Guards: the master hears its own TERM before it replaces; must_come_up_first()."""
-    server = serve(code=GATE + APPLICATION, workers=1)
+    server = serve(code=GATE + APPLICATION, workers=1, idle_grace=1)
     [old] = server.workers()
     held = server.hold("held") if moment == "drains" else None
     server.touch("gate")
@@ -2327,12 +2327,13 @@ def test_11_but_a_client_that_does_nothing_or_never_stops_is_let_go(serve):
 
 
 def test_11_and_after_INT_both_within_two_seconds(serve):
-    server = serve(workers=1, max_body=MAX_BODY)
+    """Here it is half a second."""
+    server = serve(workers=1, max_body=MAX_BODY, numbers={"LINGER_AFTER_INT": (2.0, 0.5)})
     endless = linger(server)
     server.signal(SIGINT)
     began = time.monotonic()
     until(lambda: not lingers(endless))
-    assert 1 < time.monotonic() - began < 4
+    assert 0.25 < time.monotonic() - began < 2
     assert server.process.wait(DEADLINE) == 0
 
 
@@ -6983,7 +6984,7 @@ def test_operator_page_shows_the_reload_in_a_browser(serve, folder):
         assert page.shows(f"kill -HUP {server.pid}")
         page.run("getSelection().selectAllChildren(document.querySelector('#pid'))")
         page.run(NOTE_ALL_BARS)
-        page.run("document.querySelector('#hold').value = 5")  # seconds
+        page.run("document.querySelector('#hold').value = 3")  # seconds
         for _ in range(3):
             page.run("document.querySelector('#hold').click()")
         until(lambda: page.shows("GET /slow from 127.0.0.1", times=3))
@@ -6992,7 +6993,7 @@ def test_operator_page_shows_the_reload_in_a_browser(serve, folder):
         until(lambda: page.shows("(?s)Generation 1.*draining.*Generation 2.*serving"))
         until(lambda: page.shows("<b>servus</b>"))
         assert page.shows("GET /slow from 127.0.0.1", times=3)
-        until(lambda: page.shows(r"hello, after 5 s, still from pid \d+ of generation 1", times=3))
+        until(lambda: page.shows(r"hello, after 3 s, still from pid \d+ of generation 1", times=3))
         until(lambda: page.shows("Generation 1", times=0))
         server.reload_fails("reload refused", workrs=3)
         until(lambda: page.shows("reload refused: .*did you mean workers"))
