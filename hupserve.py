@@ -1064,7 +1064,7 @@ class Connection:
     is_registered = False  # with the selector
     buffer = b""  # input that has arrived and is not used yet
     scanned = 0  # bytes of the buffer that hold no end of a head
-    request: Request | None = None  # from the end of its head to the end of its exchange
+    request: Any = None  # a Request, from the end of its head to the end of its exchange
     is_kept = False  # after this exchange another may follow
     must_linger = True  # the client may still be sending when we close
     must_make_room = False  # other clients are queued and there is no place for them
@@ -1085,7 +1085,7 @@ class Connection:
     def line(self) -> str:
         """The request line, or what has come of it, escaped for logs."""
         if self.request:
-            return self.request.line
+            return str(self.request.line)
         return escaped(self.buffer[:80].split(b"\r\n")[0].decode("latin-1"))
 
     def receive(self, target: memoryview | None = None) -> int | None:
@@ -1252,9 +1252,10 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         switch costs.
         """
         waiting = self.by_state[WAITING]
+        must_make_room = bool(waiting) and self.is_full() and self.clients_are_queued()
         while waiting and self.in_flight < self.config.threads:
             connection = next(iter(waiting))
-            connection.must_make_room = self.is_full() and self.clients_are_queued()
+            connection.must_make_room = must_make_room
             self.move(connection, IN_FLIGHT)
             self.in_flight += 1
             self.jobs.append(connection)
@@ -1317,9 +1318,9 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.sleepers.append(gate)
                 gate.acquire()
                 continue
-            self.desks.memory[place] = cast(Request, connection.request).label
+            self.desks.memory[place] = connection.request.label
             # socketserver's: it calls finish_request() and, in any case, shutdown_request().
-            self.process_request_thread(cast(Any, connection), connection.client)
+            self.process_request_thread(connection, connection.client)  # type: ignore[arg-type]
             self.desks.memory[place] = Desks.EMPTY
 
     def finish_request(self, connection: Any, client_address: Any) -> None:
@@ -1754,7 +1755,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         return [
             {
                 "client": connection.client,
-                **shown_request(cast(Request, connection.request).environ),
+                **shown_request(connection.request.environ),
                 "since": connection.since,
             }
             for connection in oldest
@@ -2183,7 +2184,7 @@ class Exchange:
         self.worker = worker
         self.connection = connection
         self.config = worker.config
-        self.request = cast(Request, connection.request)
+        self.request: Request = connection.request
         self.keeps = (
             self.request.keeps
             and self.config.keepalive_timeout > 0
@@ -2212,10 +2213,10 @@ class Exchange:
             answer_is_whole = self.head_is_sent and self.unsent == 0
             if not answer_is_whole:
                 self.fail(Refusal(500, "the application failed"))
-        connection.must_linger = self.client_may_be_sending()
         if self.keeps and self.body:
             self.body.skip()  # may_keep() has seen to it that all of it is here
         connection.is_kept = self.keeps
+        connection.must_linger = not self.keeps and self.client_may_be_sending()
         self.unsent = 0  # disarms a write() that the application has stored
         if self.body:  # and disarms wsgi.input: the connection is the main thread's again
             self.body.refusal = Refusal(400, "the request is over")
