@@ -2959,6 +2959,7 @@ class SimWorker:
     why = ""  # it asks to leave
     is_being_replaced = False
     was_told_go = False
+    has_begun = False  # it has said that it serves
     served_at = NEVER  # when it was told to go
     told_go_in = -1  # in which turn of the master
     told_at = NEVER  # when it was ordered to drain
@@ -3023,8 +3024,15 @@ class SimWorker:
             if word == "go":
                 self.life = "serving"
                 self.accept()
+                self.world.after(self.world.small_delay(), self.begin, self)
             elif word == "drain" and self.life in ("ready", "serving"):
                 self.drain(arguments[0])
+
+    def begin(self) -> None:
+        """Say that it serves, at the end of the round in which it was told to."""
+        if self.life == "serving":
+            self.has_begun = True
+            self.say("serving")
 
     def accept(self) -> None:
         if self.life == "serving":
@@ -3607,16 +3615,13 @@ class World:
         self.note("reads", self.disk.backlog, list(self.disk.listen), self.disk.workers)
         return self.disk
 
-    def claim_pidfile(self, config: Any, *others: Any) -> None:
-        """others: what claim_pidfile() or write_pidfile() takes besides."""
-        if not config.pidfile:
-            return
-        if self.takes_fault("pidfile"):
+    def write_pidfile(self, config: Any, undo: contextlib.ExitStack) -> None:
+        if config.pidfile and self.takes_fault("pidfile"):
             self.note("the pidfile cannot be written")
             raise self.simulation.names["ConfigError"]("pidfile: a fault")
-        if config.pidfile not in self.pidfiles and isinstance(others[0], contextlib.ExitStack):
-            others[0].callback(self.pidfiles.discard, config.pidfile)
-        self.pidfiles.add(config.pidfile)
+        if config.pidfile and config.pidfile not in self.pidfiles:
+            undo.callback(self.pidfiles.discard, config.pidfile)
+            self.pidfiles.add(config.pidfile)
 
     def open_logs(self, config: Any, *_: object) -> Any:
         if self.takes_fault("logs"):
@@ -3627,19 +3632,16 @@ class World:
     def use_logs(self, config: Any) -> None:
         self.log_file = config.log_file
 
-    def sd_notify(self, address: str, *parts: str) -> None:
+    def sd_notify(self, address: str, state: str, status: str) -> None:
         self.interrupt()
-        state = parts[0]
         self.note("notify", state)
+        self.said_stopping += state == "STOPPING=1"
         if state.startswith("RELOADING=1"):
             self.expect(not self.is_reloading, "RELOADING twice without READY")
-            self.expect("MONOTONIC_USEC=" in "".join(parts), "RELOADING without its time")
+            self.expect("MONOTONIC_USEC=" in state, "RELOADING without its time")
             self.is_reloading = True
-        elif state.startswith("READY=1"):
+        elif state:
             self.is_reloading = False
-        elif state.startswith("STOPPING=1"):
-            self.is_reloading = False
-            self.said_stopping += 1
 
     # The promises
     def expect(self, condition: object, *what: object) -> None:
@@ -3739,7 +3741,7 @@ class World:
                 if each.generation is current
                 and each.place.number == worker.place.number
                 and each is not worker
-                and each.was_told_go
+                and each.has_begun
             ]
             self.expect(heirs, worker, "is to drain before its successor serves")
         elif worker.was_told_go:
@@ -3974,9 +3976,9 @@ class Simulation:
         self.overtime: float = names["OVERTIME"]
         self.steady: float = names["STEADY"]
         self.back_off: Any = names["BACK_OFF"]
-        self.pause: float = names["PAUSE"]
+        self.pause: float = names["RETRY_PAUSE"]
         self.bind_patience: float = names["BIND_PATIENCE"]
-        names["Scoreboard"] = type("Scoreboard", (names["Scoreboard"],), {"SLOTS": 64})
+        names["Scoreboard"] = types.SimpleNamespace(MASTER=0, WORKERS=range(1, 64), UNSEEN=64)
         defaults = {key: read(default) for key, (default, read) in names["KEYS"].items()}
         ini = types.SimpleNamespace(path="sim.ini", folder="/")
         self.config = names["Config"](**defaults, tls=None, parts=[], ini=ini)
@@ -4032,7 +4034,6 @@ class Simulation:
         def ignore(*_: object, **__: object) -> None:
             pass
 
-        poll = functools.partial(SimPoll, world)
         log = types.SimpleNamespace(
             info=world.note, warning=world.note, error=world.note, log=world.note, debug=ignore
         )
@@ -4050,8 +4051,7 @@ class Simulation:
             "time": types.SimpleNamespace(
                 monotonic=lambda: world.now, monotonic_ns=lambda: int(world.now * 1e9)
             ),
-            "select": types.SimpleNamespace(poll=poll, POLLIN=select.POLLIN),
-            "poll": poll,
+            "poll": functools.partial(SimPoll, world),
             "signal": types.SimpleNamespace(
                 **{
                     **vars(signal),
@@ -4072,8 +4072,7 @@ class Simulation:
             "read_config": world.read_config,
             "open_logs": world.open_logs,
             "use_logs": world.use_logs,
-            "claim_pidfile": world.claim_pidfile,
-            "write_pidfile": world.claim_pidfile,
+            "write_pidfile": world.write_pidfile,
             "release_pidfile": world.pidfiles.discard,
             "take_notify_socket": lambda: "sim",
             "sd_notify": world.sd_notify,
@@ -4166,12 +4165,16 @@ SIM_MUTANTS = {
         "deaths = self.deaths",
     ),
     "a successor that takes over before it is ready": (
-        "if old and (old.hurries or child.life == SERVING):",
+        "if old and (old.hurries or child.has_begun):",
         "if old and child.life >= BOOTING:",
     ),
-    "a worker that hurries in vain": (
+    "a successor that takes over before it serves": (
+        "if old and (old.hurries or child.has_begun):",
         "if old and (old.hurries or child.life == SERVING):",
-        "if old and child.life == SERVING:",
+    ),
+    "a worker that hurries in vain": (
+        "if old and (old.hurries or child.has_begun):",
+        "if old and child.has_begun:",
     ),
     "go after drain": (
         "        self.maintain_workers()  # says",
