@@ -515,7 +515,7 @@ class Master:
     # The reload
     def advance_reload(self) -> None:
         """Move the reload on as far as it goes. A SIGHUP meanwhile is remembered, once."""
-        if self.sighup_waits and not self.upcoming and not self.stopping:
+        if self.sighup_waits and not self.upcoming:
             self.begin_reload()
         new = self.upcoming
         if new is None:
