@@ -1839,6 +1839,27 @@ def test_replace_a_second_TERM_drains_at_once(serve):
     assert client.answer().json["pid"] != old
 
 
+def test_replace_a_successor_that_leaves_before_it_serves_forgets_no_predecessor(serve):
+    """Guards: `not child.predecessor` in maintain(). The successor hears "go" and TERM at once."""
+    server = serve(code=GATE + APPLICATION, workers=1)
+    [old] = server.workers()
+    server.touch("gate")
+    os.kill(old, SIGTERM)
+    until(lambda: len(server.workers()) == 2, "the successor to be forked")
+    [successor] = {*server.workers()} - {old}
+    os.kill(server.pid, SIGSTOP)
+    server.remove("gate")
+    sleeps_in = Path(f"/proc/{successor}/wchan")  # the kernel's function
+    until(lambda: "epoll" in sleeps_in.read_text(), "the successor to be ready")
+    os.kill(successor, SIGSTOP)
+    os.kill(server.pid, SIGCONT)
+    os.kill(successor, SIGTERM)
+    os.kill(successor, SIGCONT)
+    gone = {old, successor}
+    until(lambda: gone.isdisjoint(server.workers()), "both to be replaced")
+    assert len(server.workers()) == 1
+
+
 @pytest.mark.parametrize("moment", ["boots", "leaves", "drains", "has died"])
 def test_replace_a_TERM_to_the_whole_group_is_a_stop_that_loses_nothing(serve, moment):
     """Guards: the master hears its own TERM before it replaces; must_come_up_first()."""
@@ -3025,6 +3046,8 @@ class SimWorker:
                 self.life = "serving"
                 self.accept()
                 self.world.after(self.world.small_delay(), self.begin, self)
+                if self.world.has("early leave") and self.world.chance(0.2):
+                    self.ask_to_leave(self.world.random.choice(("SIGTERM", "max_requests")))
             elif word == "drain" and self.life in ("ready", "serving"):
                 self.drain(arguments[0])
 
@@ -3220,7 +3243,7 @@ class World:
         self.selection = {name for name in names if self.chance(0.6)}
         self.features = {
             name
-            for name in ("slow requests", "hanging", "failing", "interrupts")
+            for name in ("slow requests", "hanging", "failing", "interrupts", "early leave")
             if self.chance(0.5)
         }
         self.weights = [self.HAPPENINGS[name] * (name in self.selection) for name in names]
@@ -3816,9 +3839,9 @@ class World:
         """Note from when on its place may have a new worker."""
         if worker.orders or worker.was_killed and not worker.was_aborted and not worker.was_told_go:
             return
-        others = [each for each in self.workers if each.key == worker.key]
+        later = [each for each in self.workers if each.key == worker.key and each.pid > worker.pid]
         place = self.places[worker.key]
-        if worker.why and (place[1] or any(not each.orders for each in others)):
+        if worker.why and (place[1] or any(not each.orders for each in later)):
             return  # its successor has begun, or is due
         served = self.woke_at - worker.served_at
         if worker.why or served > self.simulation.steady:
@@ -3880,6 +3903,8 @@ class World:
         if self.has_stopped and worker.may_accept():
             soon = self.now + SIM_LATE
             self.expect(self.sleeps_until < soon, "a stop sleeps, though", worker, "serves")
+        if worker.place.predecessor:  # it waits for its turn
+            worker.hurried_in = self.turn
         if worker.has_hurried and worker.may_accept() and worker.hurried_in + 1 < self.turn:
             self.violated(f"{worker} hurries in vain")
         self.expect(worker.end.copies == 1, "the master keeps the end of", worker)
@@ -4145,7 +4170,7 @@ SIM_MUTANTS = {
         "            if False:\n",
     ),
     "a worker that comes up after a second stop": (
-        "        self.let_go_of_everything()\n        for pid",
+        "        self.drop_all_addresses()\n        for pid",
         "        for pid",
     ),
     "a stop that waits for nobody": (
@@ -4171,6 +4196,10 @@ SIM_MUTANTS = {
     "a successor that takes over before it serves": (
         "if old and (old.hurries or child.has_begun):",
         "if old and (old.hurries or child.life == SERVING):",
+    ),
+    "a predecessor that is forgotten": (
+        "if child.life == LEAVING and not child.predecessor and",
+        "if child.life == LEAVING and",
     ),
     "a worker that hurries in vain": (
         "if old and (old.hurries or child.has_begun):",
