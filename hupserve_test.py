@@ -4126,214 +4126,135 @@ def test_world_keeps_every_promise():
 
 
 # What a careless hand could change in Part I, and what it would be then.
+# fmt: off
 SIM_MUTANTS = {
-    "a commit at the first ready": (
-        "elif all(child.life == READY for child in new.children):",
-        "elif any(child.life == READY for child in new.children):",
-    ),
-    "a commit that goes on after a stop": (
-        "        self.settle(self.current, self.upcoming)\n\n    def advance_stop",
-        "\n    def advance_stop",
-    ),
-    "told twice": (
-        "if child.generation is generation and child.life < DRAINING:",
-        "if child.generation is generation:",
-    ),
-    "the signal before the order": (
-        """            child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)
-            os.kill(child.pid, signal.SIGHUP)""",
-        """            os.kill(child.pid, signal.SIGHUP)
-            child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)""",
-    ),
-    "a forgotten SIGHUP": (
-        "elif signum == signal.SIGHUP and not self.stopping:",
-        "elif signum == signal.SIGHUP and not self.stopping and not self.upcoming:",
-    ),
-    "a SIGHUP that interrupts a reload": (
-        "if self.sighup_waits and not self.upcoming:",
-        "if self.sighup_waits:",
-    ),
-    "a SIGHUP that is remembered over a stop": (
-        "        self.stopping = True\n        self.sighup_waits = False\n        if signum",
-        "        self.stopping = True\n        if signum",
-    ),
-    "a SIGHUP that is remembered over a failed start": (
-        "        self.sighup_waits = False\n        self.status = max",
-        "        self.status = max",
-    ),
-    "TERM unheard while loading": (
-        "            elif signum in STOPS:\n",
-        "            elif signum in STOPS and not self.upcoming:\n",
-    ),
-    "a second stop unheard": (
-        "            if signum in STOPS and self.stopping:\n",
-        "            if False:\n",
-    ),
-    "a worker that comes up after a second stop": (
-        "        self.drop_all_addresses()\n        for pid",
-        "        for pid",
-    ),
-    "a stop that waits for nobody": (
-        "or self.must_come_up_first():",
-        "or False:",
-    ),
-    "a stop that waits for a place in its back-off": (
-        "return child.deaths <= 1 and not self.fork_pause.until",
-        "return True",
-    ),
-    "no back-off": (
-        "pause = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]",
-        "pause = 0",
-    ),
-    "a back-off that is never over": (
-        "deaths = 0 if was_steady or self.life == LEAVING else self.deaths",
-        "deaths = self.deaths",
-    ),
-    "a successor that takes over before it is ready": (
-        "if old and (old.hurries or child.has_begun):",
-        "if old and child.life >= BOOTING:",
-    ),
-    "a successor that takes over before it serves": (
-        "if old and (old.hurries or child.has_begun):",
-        "if old and (old.hurries or child.life == SERVING):",
-    ),
-    "a predecessor that is forgotten": (
-        "if child.life == LEAVING and not child.predecessor and",
-        "if child.life == LEAVING and",
-    ),
-    "a worker that hurries in vain": (
-        "if old and (old.hurries or child.has_begun):",
-        "if old and child.has_begun:",
-    ),
-    "go after drain": (
-        "        self.maintain_workers()  # says",
-        "        # says",
-    ),
-    "a stale word": (
-        'elif word == "leaving" and self.life in (SERVING, LEAVING):',
-        'elif word == "leaving" and self.life >= SERVING:',
-    ),
-    "an address that stays is closed": (
-        "dropped = generation.listeners.keys() - heir.listeners.keys()",
-        "dropped = generation.listeners.keys()",
-    ),
-    "an address that stays is bound again": (
-        "for address in config.listen if address in kept}",
-        "for address in config.listen if address in ()}",
-    ),
-    "an address that goes stays open": (
-        "dropped = generation.listeners.keys() - heir.listeners.keys()",
-        "dropped = set()",
-    ),
-    "an order before the close": (
-        """            for address in dropped:
-                close_listeners(generation.listeners[address])
-            if generation.config.pidfile != heir.config.pidfile:
-                release_pidfile(generation.config.pidfile)
-            for child in self.children.values():
-                if child.generation is generation and child.life < DRAINING:
-                    self.end(child, dropped - generation.borrowed)
-""",
-        """            for child in self.children.values():
-                if child.generation is generation and child.life < DRAINING:
-                    self.end(child, dropped - generation.borrowed)
-            for address in dropped:
-                close_listeners(generation.listeners[address])
-            if generation.config.pidfile != heir.config.pidfile:
-                release_pidfile(generation.config.pidfile)
-""",
-    ),
-    "a queue that nobody empties": (
-        'child.line.say("drain", sorted(dropped),',
-        'child.line.say("drain", [],',
-    ),
-    "a pidfile that a roll-back leaves": (
-        "if generation.config.pidfile != heir.config.pidfile:",
-        "if generation.stage == Stage.PAST:",
-    ),
-    "a refusal of which systemd does not hear": (
-        'self.notify("READY=1", f"reload refused: {error}", logging.ERROR)',
-        "pass",
-    ),
-    "a bind without patience": (
-        "patience = self.now < new.begun_at + BIND_PATIENCE",
-        "patience = True",
-    ),
-    "a death that no reload minds": (
-        "if generation.stage == Stage.LOADING:",
-        "if False:",
-    ),
-    "no boot_timeout for a reload": (
-        "elif self.now > new.begun_at + new.config.boot_timeout:",
-        "elif False:",
-    ),
-    "no boot_timeout for a replacement": (
-        "return self.since + config.boot_timeout",
-        "return FOREVER",
-    ),
-    "no end to a drain": (
-        "return self.since + config.drain_timeout + OVERTIME",
-        "return FOREVER",
-    ),
-    "no end to the exit functions": (
-        "        if self.life == EXITING:\n            return self.since + OVERTIME",
-        "        if self.life == EXITING:\n            return FOREVER",
-    ),
-    "an abort without a kill": (
-        "child.kill_at = self.now + ABORT_TIME\n        os.kill(child.pid, signal.SIGABRT)",
-        "os.kill(child.pid, signal.SIGABRT)",
-    ),
-    "a worker that hangs although it reads": (
-        "child.unread + 1 if unsent_bytes(child.line.sock) else 0",
-        "child.unread + 1",
-    ),
-    "a worker that hangs and is not found": (
-        "child.unread + 1 if unsent_bytes(child.line.sock) else 0",
-        "0",
-    ),
-    "questions without hang_timeout": (
-        "self.asked_at + hang_timeout / (QUESTIONS + 1) if hang_timeout else FOREVER",
-        "self.asked_at + 12",
-    ),
-    "all replaced at once for max_requests": (
-        "return child.why != MAX_REQUESTS or not any(",
-        "return True or not any(",
-    ),
-    "a fork with signals unblocked": (
-        "before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
-        "before = signal.pthread_sigmask(signal.SIG_SETMASK, ())",
-    ),
-    "the worker's end of the line kept": ("            theirs.close()\n", ""),
-    "a fork that fails ends the master": (
-        "except OSError as error:\n            self.fork_pause",
-        "except KeyError as error:\n            self.fork_pause",
-    ),
-    "a fork that fails is tried without a pause": (
-        "self.fork_pause.begin(self.now, error)",
-        "pass",
-    ),
-    "one death reaped for each signal": (
-        "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n",
-        "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n"
-        "                return\n",
-    ),
-    "a reap before the bell is emptied": (
-        "            self.obey()\n            self.reap()\n",
-        "            self.reap()\n            self.obey()\n",
-    ),
-    "a stop that sleeps when a worker has come up": (
-        "must_still_drain = self.stopping and self.current.listeners",
-        "must_still_drain = False",
-    ),
-    "a spinning master": (
-        "            if not child.line.ended:\n                poll",
-        "            if True:\n                poll",
-    ),
-    "no look while a reload is under way": (
-        "            due.append(self.now + TICK)\n",
-        "            pass\n",
-    ),
+    "a commit at the first ready":
+        ("elif all(child.life == READY", "elif any(child.life == READY"),
+    "a commit that goes on after a stop":
+        ("        self.settle(self.current, self.upcoming)\n\n    def advance_stop",
+         "\n    def advance_stop"),
+    "told twice":
+        ("generation and child.life < DRAINING:", "generation:"),
+    "the signal before the order":
+        ('child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)\n'
+         "            os.kill(child.pid, signal.SIGHUP)",
+         "os.kill(child.pid, signal.SIGHUP)\n            "
+         'child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)'),
+    "a forgotten SIGHUP":
+        ("elif signum == signal.SIGHUP and not self.stopping:",
+         "elif signum == signal.SIGHUP and not self.stopping and not self.upcoming:"),
+    "a SIGHUP that interrupts a reload":
+        ("if self.sighup_waits and not self.upcoming:", "if self.sighup_waits:"),
+    "a SIGHUP that is remembered over a stop":
+        ("        self.stopping = True\n        self.sighup_waits = False\n        if signum",
+         "        self.stopping = True\n        if signum"),
+    "a SIGHUP that is remembered over a failed start":
+        ("        self.sighup_waits = False\n        self.status = max",
+         "        self.status = max"),
+    "TERM unheard while loading":
+        ("            elif signum in STOPS:\n",
+         "            elif signum in STOPS and not self.upcoming:\n"),
+    "a second stop unheard":
+        ("            if signum in STOPS and self.stopping:\n", "            if False:\n"),
+    "a worker that comes up after a second stop":
+        ("        self.drop_all_addresses()\n        for pid", "        for pid"),
+    "a stop that waits for nobody":
+        ("or self.must_come_up_first():", "or False:"),
+    "a stop that waits for a place in its back-off":
+        ("return child.deaths <= 1 and not self.fork_pause.until", "return True"),
+    "no back-off":
+        ("pause = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]", "pause = 0"),
+    "a back-off that is never over":
+        ("0 if was_steady or self.life == LEAVING else self.deaths", "self.deaths"),
+    "a successor that takes over before it is ready":
+        ("if old and (old.hurries or child.has_begun):", "if old and child.life >= BOOTING:"),
+    "a successor that takes over before it serves":
+        ("(old.hurries or child.has_begun):", "(old.hurries or child.life == SERVING):"),
+    "a predecessor that is forgotten":
+        ("if child.life == LEAVING and not child.predecessor and", "if child.life == LEAVING and"),
+    "a worker that hurries in vain":
+        ("if old and (old.hurries or child.has_begun):", "if old and child.has_begun:"),
+    "go after drain":
+        ("        self.maintain_workers()  # says", "        # says"),
+    "a stale word":
+        ("self.life in (SERVING, LEAVING):", "self.life >= SERVING:"),
+    "an address that stays is closed":
+        ("generation.listeners.keys() - heir.listeners.keys()", "generation.listeners.keys()"),
+    "an address that stays is bound again":
+        ("config.listen if address in kept}", "config.listen if address in ()}"),
+    "an address that goes stays open":
+        ("dropped = generation.listeners.keys() - heir.listeners.keys()", "dropped = set()"),
+    "an order before the close":
+        ("            for address in dropped:\n"
+         "                close_listeners(generation.listeners[address])\n"
+         "            if generation.config.pidfile != heir.config.pidfile:\n"
+         "                release_pidfile(generation.config.pidfile)\n"
+         "            for child in self.children.values():\n"
+         "                if child.generation is generation and child.life < DRAINING:\n"
+         "                    self.end(child, dropped - generation.borrowed)\n",
+         "            for child in self.children.values():\n"
+         "                if child.generation is generation and child.life < DRAINING:\n"
+         "                    self.end(child, dropped - generation.borrowed)\n"
+         "            for address in dropped:\n"
+         "                close_listeners(generation.listeners[address])\n"
+         "            if generation.config.pidfile != heir.config.pidfile:\n"
+         "                release_pidfile(generation.config.pidfile)\n"),
+    "a queue that nobody empties":
+        ('child.line.say("drain", sorted(dropped),', 'child.line.say("drain", [],'),
+    "a pidfile that a roll-back leaves":
+        ("generation.config.pidfile != heir.config.pidfile:", "generation.stage == Stage.PAST:"),
+    "a refusal of which systemd does not hear":
+        ('self.notify("READY=1", f"reload refused: {error}", logging.ERROR)', "pass"),
+    "a bind without patience":
+        ("patience = self.now < new.begun_at + BIND_PATIENCE", "patience = True"),
+    "a death that no reload minds":
+        ("if generation.stage == Stage.LOADING:", "if False:"),
+    "no boot_timeout for a reload":
+        ("elif self.now > new.begun_at + new.config.boot_timeout:", "elif False:"),
+    "no boot_timeout for a replacement":
+        ("return self.since + config.boot_timeout", "return FOREVER"),
+    "no end to a drain":
+        ("return self.since + config.drain_timeout + OVERTIME", "return FOREVER"),
+    "no end to the exit functions":
+        ("        if self.life == EXITING:\n            return self.since + OVERTIME",
+         "        if self.life == EXITING:\n            return FOREVER"),
+    "an abort without a kill":
+        ("child.kill_at = self.now + ABORT_TIME\n        os.kill(child.pid, signal.SIGABRT)",
+         "os.kill(child.pid, signal.SIGABRT)"),
+    "a worker that hangs although it reads":
+        ("child.unread + 1 if unsent_bytes(child.line.sock) else 0", "child.unread + 1"),
+    "a worker that hangs and is not found":
+        ("child.unread + 1 if unsent_bytes(child.line.sock) else 0", "0"),
+    "questions without hang_timeout":
+        ("hang_timeout / (QUESTIONS + 1) if hang_timeout else FOREVER", "12"),
+    "all replaced at once for max_requests":
+        ("return child.why != MAX_REQUESTS or not any(", "return True or not any("),
+    "a fork with signals unblocked":
+        ("before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
+         "before = signal.pthread_sigmask(signal.SIG_SETMASK, ())"),
+    "the worker's end of the line kept":
+        ("            theirs.close()\n", ""),
+    "a fork that fails ends the master":
+        ("except OSError as error:\n            self.fork_pause",
+         "except KeyError as error:\n            self.fork_pause"),
+    "a fork that fails is tried without a pause":
+        ("self.fork_pause.begin(self.now, error)", "pass"),
+    "one death reaped for each signal":
+        ("                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n",
+         "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n"
+         "                return\n"),
+    "a reap before the bell is emptied":
+        ("            self.obey()\n            self.reap()\n",
+         "            self.reap()\n            self.obey()\n"),
+    "a stop that sleeps when a worker has come up":
+        ("must_still_drain = self.stopping and self.current.listeners", "must_still_drain = False"),
+    "a spinning master":
+        ("            if not child.line.ended:\n                poll",
+         "            if True:\n                poll"),
+    "no look while a reload is under way":
+        ("            due.append(self.now + TICK)\n", "            pass\n"),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("change", SIM_MUTANTS.values(), ids=list(SIM_MUTANTS))
