@@ -519,7 +519,7 @@ class Master:
     # The reload
     def advance_reload(self) -> None:
         """Move the reload on as far as it goes. A SIGHUP meanwhile is remembered, once."""
-        if self.sighup_waits and not self.upcoming and not self.stopping:
+        if self.sighup_waits and not self.upcoming:
             self.begin_reload()
         new = self.upcoming
         if new is None:
@@ -701,8 +701,17 @@ class Master:
                 self.maintain(child)
 
     def maintain(self, child: Child) -> None:
-        """Fork for a vacant place, send the ready to work, let a predecessor go."""
-        if child.life == LEAVING and self.may_be_replaced(child):
+        """Let a predecessor go, fork for a vacant place, send the ready to work.
+
+        A worker that leaves before its own predecessor has gone waits for its turn: in the place of
+        its successor nobody would remember that predecessor.
+        """
+        old = child.predecessor
+        if old and (old.hurries or child.has_begun):
+            child.predecessor = None
+            self.end(old, ())
+            log.info("%s drains (%s); pid %d takes its place", old, old.why, child.pid)
+        if child.life == LEAVING and not child.predecessor and self.may_be_replaced(child):
             child = self.replace(child, predecessor=child)
         if child.life == VACANT:
             self.fork_when_due(child)
@@ -710,11 +719,6 @@ class Master:
             log.debug("go, to %s", child)
             child.line.say("go")
             child.enter(SERVING)
-        old = child.predecessor
-        if old and (old.hurries or child.has_begun):
-            child.predecessor = None
-            self.end(old, ())
-            log.info("%s drains (%s); pid %d takes its place", old, old.why, child.pid)
 
     def may_be_replaced(self, child: Child) -> bool:
         """For max_requests one at a time: otherwise a whole generation could load at once."""
@@ -899,7 +903,7 @@ class WorkerLife:
 
     def say_that_it_serves(self) -> None:
         """The master waits for this word before it lets a predecessor go."""
-        if self.life == SERVING and not self.has_begun:
+        if self.accepts() and not self.has_begun:
             self.has_begun = True
             self.line.say("serving")
 
