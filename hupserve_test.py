@@ -4136,10 +4136,10 @@ SIM_MUTANTS = {
     "told twice":
         ("generation and child.life < DRAINING:", "generation:"),
     "the signal before the order":
-        ('child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)\n'
+        ('child.line.say("drain", sorted(dropped), grace)\n'
          "            os.kill(child.pid, signal.SIGHUP)",
          "os.kill(child.pid, signal.SIGHUP)\n            "
-         'child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)'),
+         'child.line.say("drain", sorted(dropped), grace)'),
     "a forgotten SIGHUP":
         ("elif signum == signal.SIGHUP and not self.stopping:",
          "elif signum == signal.SIGHUP and not self.stopping and not self.upcoming:"),
@@ -6432,8 +6432,7 @@ def test_operator_the_log_tells_the_protocol_at_debug(serve):
     held.answer()
     since = 0
     for pattern in PROTOCOL:
-        server.wait_log(pattern, since)
-        since += until(lambda: re.search(pattern, server.log()[since:]), pattern).start()
+        since += server.wait_log(pattern, since).start()
     server.reload(log_level="info")
     until(lambda: len(server.workers()) == 1, "the last worker that logs at debug to end")
     quiet_from = len(server.log())
