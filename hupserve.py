@@ -4,15 +4,17 @@
     python hupserve.py example.ini          serve
     kill -HUP <pid of the master>           reload: new workers, new code, new settings
 
-The promise. From its first answer to its stop no client is refused or reset, and every request
-that has begun to arrive is answered, even if the new configuration is wrong. Two exceptions:
+The promise. A reload refuses and resets no client, and every request that has begun to arrive is
+answered, even if the new configuration is wrong. The same holds for a graceful stop, and for a
+worker that is replaced alone. Two exceptions:
 
 - drain_timeout, where it is set, cuts short the requests that take longer.
-- A request that crosses the close of its idle connection on the wire is lost, as everywhere in
-  HTTP/1.1 (RFC 9112 section 9.5). The connection is read once more just before it is closed, so
-  this window is no wider than the network makes it. A reload does not widen it.
+- A request that is sent while we close its idle connection is lost, as everywhere in HTTP/1.1
+  (RFC 9112 section 9.5). The connection is read once more just before, so this window is no wider
+  than the network makes it. A reload does not widen it.
 
-Left to others: HTTP/2, websockets, async applications, privileges, static files at scale.
+A worker that crashes or hangs is replaced, but what it had in flight is lost; the log says what
+that was. Left to others: HTTP/2, websockets, async applications, privileges, static files at scale.
 
 Who is who:
 
@@ -46,12 +48,12 @@ Four rules make it safe. The code refers to them by number.
    owner reads, writes or parses. (append and popleft of a deque are atomic.)
 2. The main thread alone registers and closes sockets. A descriptor that is closed elsewhere could
    be in use again before the selector hears of it.
-3. What can fail happens before the commit, and nothing before it is visible to a client. (listen()
-   is the last step. Should it fail at the second of two new addresses, clients of the first are
-   reset.)
-4. For a dropped address the master closes its copy of the socket first, and then orders. Each
-   worker empties the queue before it closes its own copy. So the queue is empty when the last
-   copy is closed, which would reset the clients in it.
+3. What can fail happens before the commit, listen() last, and nothing before it is visible to a
+   client. One exception: if listen() fails at the second of two new addresses, clients that have
+   reached the first are reset.
+4. To close the last copy of a listening socket resets the clients in its queue. So for a dropped
+   address the master closes its copy first, and then orders; each worker accepts all that are
+   queued before it closes its own.
 
 The parts. Part I alone is the reload; it can be read without the others.
 
@@ -131,8 +133,8 @@ Socket = socket.socket
 #
 # The master and its workers are processes. They talk over a line, a socketpair for each worker.
 # Up go "ready", "serving", "leaving", "hurry", "exiting" and "failed". Down come "go", "drain" and
-# a question, which only has to be read. What follows are the states of a worker and of a
-# generation, then the master, then the worker's side.
+# the question "are you well?", to which it is answer enough that it is read. What follows are the
+# states of a worker and of a generation, then the master, then the worker's side.
 # ==================================================================================================
 class Life(enum.IntEnum):
     """A worker's life. Dying ends every state.
@@ -143,12 +145,13 @@ class Life(enum.IntEnum):
     # fmt: off
     VACANT = 0    # a place without a worker       -> BOOTING: forked, now or after the back-off
     BOOTING = 1   # loads the application          -> READY: it says "ready"
-    #                                              -> DRAINING, in the books: it is killed
+    #                                              -> DRAINING, in the master's books: killed
     READY = 2     # has loaded, accepts nothing    -> SERVING: the master says "go"
     #                                              -> DRAINING: a roll-back or a stop orders it
     SERVING = 3   # accepts                        -> LEAVING: it wants a successor, says "leaving"
     #                                              -> DRAINING: the master orders it
-    LEAVING = 4   # serves on                      -> DRAINING: ordered, its successor serves
+    LEAVING = 4   # serves on                      -> DRAINING: ordered; its successor serves, or
+    #                                                 a second SIGTERM, a commit, a stop
     DRAINING = 5  # finishes what it has begun     -> EXITING: it says "exiting"
     EXITING = 6   # runs the exit functions        -> gone
     # fmt: on
@@ -168,7 +171,7 @@ class Stage(enum.Enum):
     #                                                  -> VOID: a worker dies, boot_timeout, a stop
     CURRENT = 2   # serves                             -> PAST: the next one's commit, or a stop
     PAST = 3      # its workers drain or are gone
-    VOID = 4      # rolled back: no client has seen it
+    VOID = 4      # rolled back, or the empty one before the start
     # fmt: on
 
 
@@ -176,7 +179,7 @@ class Stage(enum.Enum):
 #
 #   a second stop             kills every worker.
 #   a stop                    ends a reload that has not committed, and drains every worker. If none
-#                             serves, those that boot come up first and answer what is queued.
+#                             serves but some boot, it waits for them: they answer what is queued.
 #   a worker's death or hang  rolls the reload back if its generation is loading; otherwise the
 #                             worker is replaced, after a back-off.
 #   a reload's commit         drains the leaving workers of the old generation like all others;
@@ -201,7 +204,7 @@ EXIT_TIME = 10  # seconds for what the application's threads still do, and its e
 OVERTIME = 15.0  # seconds of EXITING, or after drain_timeout: a worker that is still there hangs
 QUESTIONS = 4  # in a row that a worker leaves unread: it hangs
 ABORT_TIME = 1.0  # seconds for faulthandler to write the tracebacks of a worker that hangs
-MAX_REQUESTS = "max_requests"  # why a worker leaves; only one of a generation at a time does
+MAX_REQUESTS = "max_requests"  # a reason to leave; one worker of a generation does at a time
 LONGEST_REASON = 500  # characters of an exception's text that go up the line
 SHOWN_OUTCOME = 500  # characters of a reload's outcome that are in the scoreboard
 SHOWN_INI = 150  # characters of the file's path there, the last ones
@@ -221,13 +224,13 @@ class Child:
     hurries = False  # it is LEAVING, and shall not wait for its successor
     predecessor: Child | None = None  # LEAVING, and serves until this one has begun
     unread = 0  # questions in a row that it has not read
-    kill_at = FOREVER  # it was aborted or killed: when it is killed (again)
+    kill_at = FOREVER  # after an abort or a kill: when to send the next SIGKILL
     failure: tuple[int, str] | None = None  # exit status and reason, which it said before it died
 
     def __init__(self, generation: Generation, number: int, deaths: int = 0, fork_at: float = 0.0):
         self.generation = generation
         self.number = number
-        self.deaths = deaths  # of its predecessors, in a row
+        self.deaths = deaths  # forks in this place since its worker was steady or left by itself
         self.fork_at = fork_at  # the back-off: not before
 
     def enter(self, life: Life) -> None:
@@ -270,6 +273,19 @@ class Child:
             return self.since + OVERTIME
         return FOREVER
 
+    def overdue(self) -> str:
+        """-> what to say if that time is over."""
+        config = self.generation.config
+        if self.life == BOOTING:
+            return f"was not ready within {config.boot_timeout:g} s (boot_timeout)"
+        if self.life == DRAINING:
+            return f"is still there {OVERTIME:g} s after drain_timeout"
+        return f"has not ended within {OVERTIME:g} s of its exit functions"
+
+    def what_was_in_flight(self) -> str:
+        requests = "; ".join(self.desks.read())
+        return f"; in flight: {requests}" if requests else ""
+
     def successor(self, now: float) -> Child:
         """-> the one that takes this place, after the back-off."""
         was_steady = self.life == SERVING and now - self.since > STEADY
@@ -306,8 +322,8 @@ class Generation:
             if not set(binds).isdisjoint(adopted)
         }
         self.children: list[Child] = []  # by number, from LOADING on
-        # At each worker's number: how many connections it has open, plus 1; 0 means that it accepts
-        # none. All workers read this to leave a newcomer to the one that has the fewest.
+        # At each worker's number: how many connections it has open, plus 1; 0 if it accepts none.
+        # All workers read this to leave a newcomer to the one that has the fewest.
         shared_memory = mmap.mmap(-1, 4 * config.workers)
         self.loads = memoryview(shared_memory).cast("I")
 
@@ -362,8 +378,8 @@ class Master:
     def wait(self) -> None:
         """Sleep until a signal or a worker's word comes or something is due; then hear all workers.
 
-        They are heard before obey(). If every process got a TERM, ours is obeyed in this round,
-        before maintain_workers() replaces a leaving worker.
+        They are heard first. So if the whole group got a TERM, ours is obeyed in the same round in
+        which we hear "leaving", and no successor is forked.
         """
         # No epoll: it would be shared over fork, and a child that unregisters would deafen us.
         poller = poll()
@@ -380,11 +396,11 @@ class Master:
     def next_deadline(self) -> float:
         """-> when something comes due without a signal or a word, in time.monotonic() seconds."""
         due = [self.ask_at(), *(child.deadline() for child in self.children.values())]
-        is_reloading = self.sighup_waits or self.upcoming
-        # In a stop the next round drains a worker that this one has sent to work.
+        reloads = self.sighup_waits or self.upcoming
+        # In a stop a worker that got its "go" in this round is drained in the next.
         must_still_drain = self.stopping and self.current.listeners
-        is_coming_up = any(child.life < SERVING for child in self.current.children)
-        if is_reloading or must_still_drain or is_coming_up:
+        some_are_loading = any(child.life < SERVING for child in self.current.children)
+        if reloads or must_still_drain or some_are_loading:
             due.append(self.now + TICK)
         return min(due)
 
@@ -427,12 +443,12 @@ class Master:
     def drop_all_addresses(self) -> None:
         """A stop is a reload to a configuration without addresses. The pidfile stays to the end."""
         nothing = self.current.config._replace(listen={})
-        self.settle(Generation(self.current.number, nothing), self.upcoming, self.current)
+        self.settle(Generation(self.current.number, nothing), self.current)
 
     def must_come_up_first(self) -> bool:
         """Is there nobody to answer what is queued, but a worker that will in a moment?
 
-        The queue of systemd's sockets is kept without us: it is answered if it is not empty.
+        systemd keeps the queue of its sockets. Workers come up for it only if a client is in it.
         """
         here = [child for child in self.children.values() if child.generation is self.current]
         if any(child.accepts() for child in here):
@@ -453,7 +469,7 @@ class Master:
         return any(is_ready(listener, POLLIN, 0) for listener in listeners)
 
     def stop_by_force(self) -> None:
-        """A second stop. What is killed here has no place any more in which it were replaced."""
+        """A second stop. The places go first, so nothing that is killed here is replaced."""
         log.warning("stopped by force")
         self.status = self.status or 1
         self.drop_all_addresses()
@@ -495,16 +511,20 @@ class Master:
             self.fill_place_of(child, reason)
         elif code and generation.stage != Stage.VOID and child.kill_at == FOREVER:
             log.warning("%s, of generation %d", end, generation.number)
+        others = [other for other in self.children.values() if other.generation is generation]
+        if generation.stage == Stage.PAST and not others and not self.stopping:
+            log.info("the last worker of generation %d is gone", generation.number)
 
     def fill_place_of(self, dead: Child, reason: str) -> None:
         """A worker has died that was not to go."""
         generation = dead.generation
+        generation.loads[dead.number] = 0
+        reason += dead.what_was_in_flight()
         place = generation.children[dead.number]
         if place.predecessor is dead:  # its successor is on the way
             place.predecessor = None
             log.error("%s, before its successor was ready", reason)
             return
-        generation.loads[dead.number] = 0
         pause = self.replace(dead, dead.predecessor).fork_at - self.now
         old = f"; until then {dead.predecessor} serves on" if dead.predecessor else ""
         log.error("%s; it is replaced in %g s%s", reason, pause, old)
@@ -519,7 +539,7 @@ class Master:
     # The reload
     def advance_reload(self) -> None:
         """Move the reload on as far as it goes. A SIGHUP meanwhile is remembered, once."""
-        if self.sighup_waits and not self.upcoming and not self.stopping:
+        if self.sighup_waits and not self.upcoming:
             self.begin_reload()
         new = self.upcoming
         if new is None:
@@ -528,22 +548,23 @@ class Master:
             self.bind(new)
         elif all(child.life == READY for child in new.children):
             self.commit(new)
-        elif self.now > new.begun_at + new.config.boot_timeout:
-            limit = f"{new.config.boot_timeout:g} s (boot_timeout)"
-            self.roll_back(f"not every worker was ready within {limit}")
+        elif any(child.life == VACANT for child in new.children):
+            limit = new.config.boot_timeout  # that of a worker which was forked is watched
+            if self.now > new.begun_at + limit:
+                self.roll_back(f"not every worker could be forked in {limit:g} s (boot_timeout)")
 
     def begin_reload(self) -> None:
         self.sighup_waits = False
         clock = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
         self.notify(f"RELOADING=1\n{clock}", "SIGHUP: reloading")
         ini = self.current.config.ini
+        number = next(self.generation_numbers)
         try:
             config = read_config(ini.path, ini.folder)
-        except ConfigError as error:
+            self.upcoming = Generation(number, config, self.adopted, self.current.listeners)
+        except (ConfigError, OSError) as error:  # OSError: there is no memory to share
             self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
             return
-        number = next(self.generation_numbers)
-        self.upcoming = Generation(number, config, self.adopted, self.current.listeners)
         now = config.listen.keys()
         before = self.current.listeners.keys()
         changes = [in_words(now & before), in_words(now - before), in_words(before - now)]
@@ -577,8 +598,7 @@ class Master:
     def commit(self, new: Generation) -> None:
         """Every new worker is ready, none has accepted anything: the new generation takes over.
 
-        What a step has created is gone again if a later step fails. No client has noticed anything
-        then, for listen() is the last of them.
+        If a step fails, `undo` removes what the steps before it have created (rule 3).
         """
         old = self.current
         if not new.config.listen:  # this was a --check
@@ -606,7 +626,7 @@ class Master:
         self.notify("READY=1", f"generation {new.number} serves with {count_workers(new.config)}")
 
     def listen(self, new: Generation, old: Generation) -> None:
-        """Listen on the new addresses first. On a kept one this only changes the backlog."""
+        """Listen on the new addresses first. A kept one only gets its new backlog and file mode."""
         added = [address for address in new.listeners if address not in old.listeners]
         kept = [address for address in new.listeners if address in old.listeners]
         for address in added + kept:
@@ -635,9 +655,8 @@ class Master:
     def settle(self, heir: Generation, *others: Generation | None) -> None:
         """A commit, a roll-back and a stop all end here: let go of what only the others have.
 
-        This is rule 4. Close the dropped addresses here first, then order their workers to drain.
-        Those accept the whole queue and close the last copy. If ours were still open then, clients
-        would go on queueing on it, and its close would reset them.
+        Rule 4: close the dropped addresses here first, then order their workers to drain. If our
+        copy were still open when theirs are closed, clients would go on queueing on it.
         """
         self.current = heir
         self.upcoming = None
@@ -649,11 +668,12 @@ class Master:
                 close_listeners(generation.listeners[address])
             if generation.config.pidfile != heir.config.pidfile:
                 release_pidfile(generation.config.pidfile)
-            for child in self.children.values():
+            # A worker that still boots is killed first: it has a copy, too, and empties no queue.
+            for child in sorted(self.children.values(), key=lambda child: child.life):
                 if child.generation is generation and child.life < DRAINING:
-                    self.end(child, dropped - generation.borrowed)
+                    self.order_to_drain(child, dropped - generation.borrowed)
 
-    def end(self, child: Child, dropped: Collection[str]) -> None:
+    def order_to_drain(self, child: Child, dropped: Collection[str]) -> None:
         """Order a worker to drain, once, or kill it if it has not loaded yet.
 
         The order is written before the signal is sent. So a worker that hears the signal finds the
@@ -701,8 +721,18 @@ class Master:
                 self.maintain(child)
 
     def maintain(self, child: Child) -> None:
-        """Fork for a vacant place, send the ready to work, let a predecessor go."""
-        if child.life == LEAVING and self.may_be_replaced(child):
+        """Let a predecessor go, fork for a vacant place, send the ready to work.
+
+        A worker that leaves before its own predecessor has gone waits for its turn: in the place of
+        its successor nobody would remember that predecessor.
+        """
+        old = child.predecessor
+        if old and (old.hurries or child.has_begun):
+            child.predecessor = None
+            self.order_to_drain(old, ())
+            successor = f"pid {child.pid} takes its place" if child.has_begun else "at once"
+            log.info("%s drains (%s); %s", old, old.why, successor)
+        if child.life == LEAVING and not child.predecessor and self.may_be_replaced(child):
             child = self.replace(child, predecessor=child)
         if child.life == VACANT:
             self.fork_when_due(child)
@@ -710,11 +740,6 @@ class Master:
             log.debug("go, to %s", child)
             child.line.say("go")
             child.enter(SERVING)
-        old = child.predecessor
-        if old and (old.hurries or child.has_begun):
-            child.predecessor = None
-            self.end(old, ())
-            log.info("%s drains (%s); pid %d takes its place", old, old.why, child.pid)
 
     def may_be_replaced(self, child: Child) -> bool:
         """For max_requests one at a time: otherwise a whole generation could load at once."""
@@ -731,27 +756,26 @@ class Master:
     def watch_workers(self) -> None:
         """End the workers that hang: they read no question, or take too long to boot or to leave.
 
-        Each question is asked after a turn of our own loop. So a machine that sleeps, or a SIGSTOP
-        of master and workers, counts as one unread question at most.
+        One question for each turn of our own loop: after a suspend of the machine, or a SIGSTOP
+        that stopped us, too, at most one counts as unread.
         """
         must_ask = self.now >= self.ask_at()
         if must_ask:
             self.asked_at = self.now
         for child in self.children.values():
-            is_overdue = self.now >= child.deadline()
-            if child.kill_at < FOREVER:
-                if is_overdue:
-                    self.kill(child)
-            elif is_overdue:
-                state = child.life.name.lower()
-                self.abort(child, f"{child} has been {state} for too long")
-            elif must_ask and READY <= child.life <= DRAINING:
-                self.ask(child)
+            was_aborted = child.kill_at < FOREVER
+            if self.now < child.deadline():
+                if must_ask and not was_aborted and READY <= child.life <= DRAINING:
+                    self.ask(child)
+            elif was_aborted:
+                self.kill(child)
+            else:
+                self.abort(child, f"{child} {child.overdue()}")
 
     def ask_at(self) -> float:
         """-> when to ask next, as the current configuration has it. A reload may change it.
 
-        One more, so that even a hang that begins after a question is found in time.
+        QUESTIONS + 1: a hang may begin just after an answer, which costs one interval more.
         """
         hang_timeout = self.current.config.hang_timeout
         return self.asked_at + hang_timeout / (QUESTIONS + 1) if hang_timeout else FOREVER
@@ -759,7 +783,8 @@ class Master:
     def ask(self, child: Child) -> None:
         """Has the worker's main thread read the last question? Then ask the next one.
 
-        The kernel tells what is unread, so that an answer need not wake the master.
+        The kernel tells what is unread (on Linux), so the worker need not send an answer, and an
+        idle master is not woken by one.
         """
         child.unread = child.unread + 1 if unsent_bytes(child.line.sock) else 0
         if child.unread == QUESTIONS:
@@ -770,8 +795,7 @@ class Master:
 
     def abort(self, child: Child, reason: str) -> None:
         """End a worker that hangs. At SIGABRT faulthandler writes every thread's traceback."""
-        requests = "; ".join(child.desks.read())
-        log.error("%s; in flight: %s", reason, requests or "nothing")
+        log.error("%s%s", reason, child.what_was_in_flight())
         child.failure = child.failure or (1, reason)
         child.kill_at = self.now + ABORT_TIME
         os.kill(child.pid, signal.SIGABRT)
@@ -785,11 +809,11 @@ class Master:
         """Fork a worker into its place, or begin a pause if the system has no more to give."""
         taken = {other.slot for other in self.children.values()}
         child.slot = min({*Scoreboard.WORKERS} - taken, default=Scoreboard.UNSEEN)
-        child.desks = Desks(child.generation.config.threads)
         # Signals are blocked around the fork: the child must not run the master's handlers, nor
         # lose a signal before it has its own.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
+            child.desks = Desks(child.generation.config.threads)
             ours, theirs = socket.socketpair()
             child.line = Line(ours)
             child.pid = os.fork()
@@ -839,7 +863,7 @@ class Master:
 
 
 class WorkerLife:
-    """(worker) The worker's side of the protocol. All of it runs in the worker's main thread.
+    """(worker) The worker's side of the protocol. It runs in the worker's main thread.
 
     Its subclass Worker, in Part II, serves. It must provide the five methods at the end.
     """
@@ -899,7 +923,7 @@ class WorkerLife:
 
     def say_that_it_serves(self) -> None:
         """The master waits for this word before it lets a predecessor go."""
-        if self.life == SERVING and not self.has_begun:
+        if self.accepts() and not self.has_begun:
             self.has_begun = True
             self.line.say("serving")
 
@@ -925,21 +949,20 @@ class WorkerLife:
     def drain(self, dropped: Collection[str], grace: float) -> None:
         """Accept nothing more, finish what has begun, and leave when no connection is left.
 
-        dropped: the addresses whose queue nobody inherits. It is emptied before their close, which
-        would reset the clients in it.
+        dropped: the addresses whose queue nobody inherits (rule 4).
         grace: how many seconds an idle connection has left. A later order can only shorten it.
 
-        An answer under way learns of the order in Exchange.may_keep(), Part III. If it promised
-        keep-alive just before, the connection's grace starts at its end.
+        An answer under way learns of the order in Exchange.may_keep(), Part III. If its head has
+        promised keep-alive already, the connection goes idle afterwards and has its grace then.
         """
         if not self.drains():
-            has_listened = self.accepts()  # before "go" a socket may never have listened
             self.enter(DRAINING)
+            self.generation.loads[self.number] = 0
             self.explain_at = self.now + DRAIN_REPORT
             if self.config.drain_timeout:
                 self.give_up_at = self.now + self.config.drain_timeout
             self.stop_accepting()
-            self.close_listeners(but_empty_first=dropped if has_listened else ())
+            self.close_listeners(but_empty_first=dropped)
             self.tell_what_is_left()
         else:
             self.shorten_lingering()  # INT alone orders twice: a person waits at a terminal
@@ -991,8 +1014,10 @@ def run_worker(child: Child, line: Line) -> None:
     worker.enter(READY)
     line.say("ready")
     worker.run()
-    if worker.in_flight:
-        log.warning("drain_timeout: %d requests in flight are cut short", worker.in_flight)
+    if worker.open_connections:
+        others = worker.open_connections - worker.in_flight
+        message = "drain_timeout: %d requests in flight are cut short, and %d other connections"
+        log.warning(message, worker.in_flight, others)
     else:
         log.debug("drain: the last connection is gone")
     worker.enter(EXITING)
@@ -1009,7 +1034,8 @@ def run_worker(child: Child, line: Line) -> None:
 class State(enum.IntEnum):
     """Where a connection is; Worker.move() alone changes it.
 
-    Its deadline or its client's end of file ends every state but WAITING and IN_FLIGHT.
+    In every state but WAITING and IN_FLIGHT the deadline, or the client's end of file, closes the
+    connection; in READING and RECEIVING an answer of 408 or 400 goes first, by CLOSING.
     """
 
     # fmt: off
@@ -1050,7 +1076,7 @@ REPORT_PAUSE = 0.02  # seconds between two entries in the scoreboard
 SHOWN_REQUESTS = 8  # of those in flight, in the scoreboard
 SHOWN_PATH = 60  # characters of a path, or a method, there
 REQUEST_THREAD = "request-"  # how the names of our threads begin
-PIECE = 16384  # bytes read at once; the larger a buffer, the more is copied when some is cut off
+PIECE = 16384  # bytes read at once; to take a request off the buffer copies the rest
 
 NO_DATA_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -1063,8 +1089,8 @@ class Connection:
     deadline = FOREVER  # when it must have left it
     is_registered = False  # with the selector
     buffer = b""  # input that has arrived and is not used yet
-    scanned = 0  # bytes of the buffer that hold no end of a head
-    request: Request | None = None  # from the end of its head to the end of its exchange
+    scanned = 0  # bytes of the buffer in which the end of a head was sought already
+    request: Any = None  # a Request, from the end of its head to the end of its exchange
     is_kept = False  # after this exchange another may follow
     must_linger = True  # the client may still be sending when we close
     must_make_room = False  # other clients are queued and there is no place for them
@@ -1085,7 +1111,7 @@ class Connection:
     def line(self) -> str:
         """The request line, or what has come of it, escaped for logs."""
         if self.request:
-            return self.request.line
+            return str(self.request.line)
         return escaped(self.buffer[:80].split(b"\r\n")[0].decode("latin-1"))
 
     def receive(self, target: memoryview | None = None) -> int | None:
@@ -1123,7 +1149,6 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     in_flight = 0  # requests between dispatch() and take_back(); the main thread alone counts them
     open_connections = 0
     served = 0  # requests answered
-    threads = 0  # started, and not known to have ended
     polite_until = 0.0  # until then newcomers are left to other workers
     look_at = FOREVER  # when closing connections are looked at next
     report_at = 0.0  # not before
@@ -1157,7 +1182,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.jobs: collections.deque[Connection] = collections.deque()  # for the threads
         self.returned: collections.deque[Connection] = collections.deque()  # from the threads
         self.sleepers: list[threading.Lock] = []  # each opens one idle thread's gate
-        self.ended_threads: collections.deque[None] = collections.deque()  # one entry for each
+        # One for each thread that may yet be started.
+        self.free_desks: collections.deque[int] = collections.deque(range(self.config.threads))
         self.accept_pause = Pause("accept")
         self.thread_pause = Pause("start a thread")
         self.fork_guard = ForkGuard(self)
@@ -1202,9 +1228,9 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         Three facts make this right:
         - Jobs are looked at before `returned`. A thread fills `returned` before it takes its next
           job, so one of the two is seen here, or the bell rings.
-        - A thread that found no job is not yet among the sleepers, so a job given at that moment
-          wakes nobody. It is found because this loop comes round again while there are jobs. Never
-          wait here with jobs.
+        - A thread may have found no job and not be among the sleepers yet. A job given just then
+          wakes nobody. So this loop never sleeps while there are jobs: the next round finds the
+          sleeper.
         - Application threads may fork only while the fork guard allows it, that is, in here.
         """
         self.fork_guard.allow()
@@ -1220,10 +1246,10 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         return events
 
     def leave_interpreter_to_threads(self) -> None:
-        """(main thread) One thread was woken for all jobs: give it a head start.
+        """(main thread) One thread was woken for all jobs: let it run for HEAD_START.
 
-        If it has not rung the bell by then it may be stuck, and dispatch() wakes another. While no
-        more threads can be started, there is no use in hurrying.
+        If the bell has not rung by then, dispatch() wakes another. While no more threads can be
+        started, there is no use in hurrying.
         """
         no_threads = self.now < self.thread_pause.until
         is_ready(self.bell, POLLIN, RETRY_PAUSE if no_threads else HEAD_START)
@@ -1252,9 +1278,11 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         switch costs.
         """
         waiting = self.by_state[WAITING]
+        must_make_room = bool(waiting) and self.is_full() and self.clients_are_queued()
         while waiting and self.in_flight < self.config.threads:
             connection = next(iter(waiting))
-            connection.must_make_room = self.is_full() and self.clients_are_queued()
+            connection.must_make_room = must_make_room
+            connection.is_kept = False
             self.move(connection, IN_FLIGHT)
             self.in_flight += 1
             self.jobs.append(connection)
@@ -1263,21 +1291,18 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         if self.sleepers:
             self.sleepers.pop().release()
             return
-        while self.ended_threads:
-            self.ended_threads.pop()
-            self.threads -= 1
-        if self.threads < self.config.threads and self.now >= self.thread_pause.until:
+        if self.free_desks and self.now >= self.thread_pause.until:
             self.start_thread()
 
     def start_thread(self) -> None:
-        name = f"{REQUEST_THREAD}{self.threads}"
+        desk = self.free_desks.popleft()
+        name = f"{REQUEST_THREAD}{desk}"
         try:
-            arguments = (self.threads,)
-            threading.Thread(target=self.work, args=arguments, daemon=True, name=name).start()
+            threading.Thread(target=self.work, args=(desk,), daemon=True, name=name).start()
         except RuntimeError as error:  # the threads that there are go on
+            self.free_desks.appendleft(desk)
             self.thread_pause.begin(self.now, error)
             return
-        self.threads += 1
         self.thread_pause.end()
 
     def warm_up(self) -> None:
@@ -1291,15 +1316,18 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         begin_head("200 OK", (("Content-Type", "text/plain"), ("Content-Length", "0")), 0)
 
     def work(self, desk: int) -> None:
-        """(request thread) Do jobs until the end. It ends early by an exception that passes all of
-        ours, and is not counted any more then."""
-        # leave() must not wait for this thread, so it was started as a daemon. What threads the
-        # application starts in it would be daemons, too, if this attribute said so still.
+        """(request thread) Do jobs until the end.
+
+        If an exception escapes, the thread ends, and dispatch() may start another in its place.
+        """
+        # Started as a daemon, so that leave() does not wait for it. This is cleared here, or every
+        # thread that the application starts in it would be a daemon, too.
         threading.current_thread()._daemonic = False  # type: ignore[attr-defined]
         try:
             self.do_jobs(desk)
         finally:
-            self.ended_threads.append(None)
+            self.desks.memory[self.desks.place(desk)] = Desks.EMPTY
+            self.free_desks.append(desk)
 
     def do_jobs(self, desk: int) -> None:
         """(request thread) Do one job after another.
@@ -1317,19 +1345,24 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.sleepers.append(gate)
                 gate.acquire()
                 continue
-            self.desks.memory[place] = cast(Request, connection.request).label
+            self.desks.memory[place] = connection.request.label
             # socketserver's: it calls finish_request() and, in any case, shutdown_request().
-            self.process_request_thread(cast(Any, connection), connection.client)
+            self.process_request_thread(connection, connection.client)  # type: ignore[arg-type]
             self.desks.memory[place] = Desks.EMPTY
 
     def finish_request(self, connection: Any, client_address: Any) -> None:
         """(request thread) Run the application for this connection's request."""
         Exchange(self, connection).run()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """(request thread) An exchange has failed although it lets no exception out."""
+        log.exception("%s: the exchange failed", client_address)
+
     def shutdown_request(self, connection: Any) -> None:
         """(request thread) Hand the connection back to the main thread.
 
-        Of a batch only the last two ring: the main thread wakes up while the last one runs.
+        With two or more jobs left it need not ring: the main thread does not sleep while there are
+        jobs, see wait().
         """
         self.returned.append(connection)
         if len(self.jobs) < 2:
@@ -1366,7 +1399,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             "SCRIPT_NAME": "",
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": "https" if tls else "http",
-            "wsgi.multithread": True,
+            "wsgi.multithread": self.config.threads > 1,
             "wsgi.multiprocess": self.config.workers > 1,
             "wsgi.run_once": False,
             "wsgi.file_wrapper": wsgiref.util.FileWrapper,
@@ -1377,10 +1410,11 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         }
 
     def on_listener(self, listener: Listener) -> None:
-        """(main thread) A client is queued. Every worker wakes up for it: leave it to a better one.
+        """(main thread) A client is queued. Leave it to a worker that has fewer connections.
 
-        To step back for POLITE_PAUSE is enough: the other worker has taken the client by then. A
-        worker that is full, and has no idle connection to close, leaves it queued.
+        Every worker wakes up for it. To step back for POLITE_PAUSE is enough: the other one has
+        taken the client by then. A worker that is full, and has no idle connection to close, leaves
+        it queued.
         """
         if self.open_connections > self.fewest_connections() + FAIR_DIFFERENCE:
             self.pause_accepting(POLITE_PAUSE)
@@ -1445,7 +1479,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         except OSError as error:
             if error.errno in EXHAUSTED:
                 return self.make_room_or_pause(listener, error)
-            return error.errno != errno.EINVAL  # only that client is gone, if it is a listener yet
+            # EINVAL: it has never listened. Otherwise only that client is gone.
+            return error.errno != errno.EINVAL
         self.accept_pause.end()
         # A draining worker empties its queues whatever its limits.
         while self.accepts() and self.open_connections >= self.config.connections:
@@ -1485,8 +1520,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     def least_needed(self) -> Connection | None:
         """-> the new or kept connection that has been idle for longest, and for JUST_BUSY at least.
 
-        If there is none, it is the one that has lingered for longest. A client that was answered a
-        moment ago may be about to speak, or to take its answer.
+        Failing that, the one that has lingered for longest. JUST_BUSY protects a client that was
+        answered a moment ago: it may be about to speak, or to take its answer.
         """
         firsts = [next(iter(self.by_state[state]), None) for state in (NEW, IDLE, CLOSING)]
         quiet = [first for first in firsts if first and first.since <= self.now - JUST_BUSY]
@@ -1510,7 +1545,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         del self.by_state[connection.state][connection]
         self.by_state[state][connection] = None
         connection.state = state
-        # Not `now`: if this thread did not run for a while, that time is not the client's.
+        # Not `now`, which may be old: our own delay must not shorten the client's time.
         connection.since = time.monotonic()
         connection.deadline = connection.since + self.limits[state]
         if not connection.is_registered and state not in (WAITING, IN_FLIGHT):
@@ -1523,8 +1558,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         if connection not in self.by_state[connection.state]:
             return  # it was closed on account of an earlier event of this round
         if connection.state in (WAITING, IN_FLIGHT):
-            # Unregister it only now. Most clients await their answer before they send more, and to
-            # leave them registered saves two system calls a request.
+            # It would wake us again and again. (Not at dispatch(): most clients await their answer
+            # before they send more, and to leave them registered saves two system calls a request.)
             connection.is_registered = False
             self.selector.unregister(connection.sock)
             return
@@ -1746,7 +1781,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
             self.reported = facts
             self.report_at = self.now + REPORT_PAUSE
             scoreboard.write(self.slot, facts)
-            self.say_that_it_serves()  # after it is seen to, so nobody sees fewer than configured
+            self.say_that_it_serves()  # after its entry: the page must not show too few
 
     def oldest_requests(self, count: int) -> list[dict[str, Any]]:
         """-> the oldest requests in flight, without their queries, which hold secrets."""
@@ -1754,7 +1789,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         return [
             {
                 "client": connection.client,
-                **shown_request(cast(Request, connection.request).environ),
+                **shown_request(connection.request.environ),
                 "since": connection.since,
             }
             for connection in oldest
@@ -1885,12 +1920,12 @@ def take_partial_head(connection: Connection) -> State:
     buffer = connection.buffer
     if buffer in (b"", b"\r"):  # an empty line is no request
         return NEW if connection.state == NEW else IDLE
-    # Look at each byte once: a head may come in as many pieces as it has bytes.
+    # Parse the line once, search each byte once: a head may come in as many pieces as it has bytes.
     start = max(0, connection.scanned - 1)
-    end = buffer.find(b"\r\n")
-    too_long = end < 0 and len(buffer) > MAX_LINE + 1  # its CR may have come without its LF
-    if end >= start or too_long:
-        parse_request_line(buffer[:end])
+    line, crlf, _ = buffer.partition(b"\r\n")
+    line_is_new = crlf and len(line) >= start
+    if line_is_new or len(line) > MAX_LINE + 1:  # + 1: its CR may be here before its LF
+        parse_request_line(line)
     refuse_if(len(buffer) >= MAX_HEAD, 431, f"a head of more than {MAX_HEAD} bytes")
     doubt = DOUBTFUL.search(buffer, start)
     refuse_if(doubt, 400, "NUL, bare CR or bare LF in a head")
@@ -2183,7 +2218,7 @@ class Exchange:
         self.worker = worker
         self.connection = connection
         self.config = worker.config
-        self.request = cast(Request, connection.request)
+        self.request: Request = connection.request
         self.keeps = (
             self.request.keeps
             and self.config.keepalive_timeout > 0
@@ -2194,7 +2229,6 @@ class Exchange:
     def run(self) -> None:
         """Answer the request, and say what becomes of the connection."""
         connection = self.connection
-        connection.is_kept = False
         wsgi_input = io.BufferedReader(self.body, PIECE) if self.body else io.BytesIO()
         try:
             environ = {
@@ -2212,10 +2246,10 @@ class Exchange:
             answer_is_whole = self.head_is_sent and self.unsent == 0
             if not answer_is_whole:
                 self.fail(Refusal(500, "the application failed"))
-        connection.must_linger = self.client_may_be_sending()
         if self.keeps and self.body:
-            self.body.skip()  # may_keep() has seen to it that all of it is here
+            self.body.skip()  # may_keep() has checked that the rest is in the buffer
         connection.is_kept = self.keeps
+        connection.must_linger = not self.keeps and self.client_may_be_sending()
         self.unsent = 0  # disarms a write() that the application has stored
         if self.body:  # and disarms wsgi.input: the connection is the main thread's again
             self.body.refusal = Refusal(400, "the request is over")
@@ -2326,7 +2360,7 @@ class Exchange:
     def next_request_has_come(self) -> bool:
         """Is there input behind this request? The socket is read for it once per connection.
 
-        A client that always has sent more would never let the worker go.
+        Only once: a client that always has the next one under way would never let the worker go.
         """
         connection = self.connection
         unread = self.body.unread if self.body else 0
@@ -2518,7 +2552,6 @@ escaped("")  # PyPy opens files at the first call, and a worker may have no desc
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 LONGEST_UNIX_PATH = 107  # bytes, in Linux's struct sockaddr_un
 FIRST_PASSED_DESCRIPTOR = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
-STDERR = 2  # its descriptor
 SPARE_DESCRIPTORS = 64  # for what the application opens while it serves
 MASTER_DESCRIPTORS = 20  # standard streams, bell, logs and what is open for a moment
 
@@ -2580,13 +2613,12 @@ class Bell:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
     def note(self, signum: int, frame: object) -> None:
-        """(main thread) The handler of all our signals sets this flag and does nothing else.
+        """(main thread) The handler of all our signals: note it, and the main loop acts.
 
-        Except for the two that a terminal sends to a background job which reads or, after `stty
-        tostop`, writes. Once such a signal has come it is ignored: then the write succeeds, and the
-        read fails. If a handler just returned, the call would begin again and send the next signal,
-        for ever. If it were ignored from the start, so would it be in every program that the
-        application executes.
+        A terminal sends TTIN and TTOU to a background job which reads or, after `stty tostop`,
+        writes. They are ignored after the first: when such a handler returns, the call begins again
+        and raises the same signal, for ever. They are not ignored from the start, because programs
+        that the application executes would inherit that.
         """
         self.received.append(signum)
         if signum in TERMINAL_SIGNALS:
@@ -2718,7 +2750,7 @@ def requests_of_a_life(max_requests: int) -> int:
 def raise_descriptor_limit(worker: Worker) -> None:
     """(worker) Raise the soft limit to what it may need; warn if the hard limit forbids that."""
     config = worker.config
-    in_use = os.dup(STDERR)  # the lowest free number
+    in_use = os.dup(worker.line.fileno())  # the lowest free number
     os.close(in_use)
     needed = config.connections + config.threads + SPARE_DESCRIPTORS + in_use
     limit = raise_limit_to(needed)
@@ -2864,8 +2896,8 @@ class ForkGuard:
     """What becomes of a worker's sockets when the application forks, as multiprocessing does.
 
     A child that kept a connection open would keep its client waiting for an end that never comes.
-    So a child closes all of them. For that each must be in one of by_state's sets: a fork waits
-    until the main thread sleeps in Worker.wait(), the only place where it may happen.
+    So a child closes all of them. It finds them in by_state. A fork waits until the main thread
+    sleeps in Worker.wait(), when no connection is between two states.
     """
 
     def __init__(self, worker: Worker):
@@ -2895,12 +2927,12 @@ class ForkGuard:
         if self.is_worker:  # only once: in a child's child the descriptors may be something else
             self.is_worker = False
             self.close_everything()
-            # Should its copy of the request end by an exception, the forked thread comes back to
-            # work(). It must not take its parent's jobs.
+            # The forked copy of a request thread may return to do_jobs(). No job is there for it.
             self.worker.jobs.clear()
             signal.set_wakeup_fd(-1)
-            for signum in MASTER_SIGNALS:
-                signal.signal(signum, signal.SIG_DFL)
+            for signum in signal.valid_signals():
+                if signal.getsignal(signum) == self.worker.bell.note:
+                    signal.signal(signum, signal.SIG_DFL)
         self.after_fork()
 
     def close_everything(self) -> None:
@@ -2933,7 +2965,8 @@ def prepare_for_guest(bell: Bell, folder: str) -> None:
     enter_folder(folder)
     sys.path.insert(0, folder)
     del sys.argv[1:]
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    with open(os.devnull, "rb+", buffering=0) as null:
+        os.dup2(null.fileno(), 0)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     forget_the_callers_output()
     forget_the_callers_exit_functions()
@@ -3361,7 +3394,7 @@ class Ini(configparser.ConfigParser):
 
     def __init__(self, path: str, folder: str):
         """path: as the operator gave it, for messages. folder: see start_folder()."""
-        # [DEFAULT] is inherited only after each section's own keys have been noted.
+        # First without inheritance, to note each section's own keys; then [DEFAULT] is turned on.
         super().__init__(default_section="")
         self.path = path
         self.folder = folder
@@ -3408,7 +3441,9 @@ class Ini(configparser.ConfigParser):
         if "use" in self.keys_of["server:main"]:
             return self.keys_of_another_server()
         texts = self.own("server:main")
-        for key in sorted(texts.keys() - KEYS.keys()):
+        unknown = sorted(texts.keys() - KEYS.keys())
+        if unknown:
+            key = unknown[0]
             hint = f"; {ELSEWHERE[key]}" if key in ELSEWHERE else did_you_mean(key, KEYS)
             raise ValueError(f"[server:main] {key}: unknown key{hint}")
         return texts
@@ -3483,7 +3518,7 @@ class Ini(configparser.ConfigParser):
         return Part(place, match[1], [] if match[2] else None, {})
 
     def warn_if_imported(self, place: str, module: str) -> None:
-        """(master) What it knows already, the calling program has imported; workers inherit it."""
+        """(master) A module that is here already was imported by the calling program."""
         if sys.modules.get(module) not in (None, sys.modules[__name__]):
             why = "the calling program has imported it, so no reload will see its new code"
             log.warning("%s: %s: %s", self.path, place, why)
@@ -3818,7 +3853,7 @@ def take_back_loggers(of_others: Collection[str]) -> None:
     """
     for logger, (handler, level) in logs_in_use.items():
         logger.disabled = False
-        # disable() writes to the manager of all loggers. With one of its own ours do not hear it.
+        # logging.disable() acts by the common manager, so each of our loggers has its own.
         logger.manager = logging.Manager(logger)  # type: ignore[arg-type]
         if logger.name not in of_others:
             logger.handlers = [handler]
@@ -4240,8 +4275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"hupserve {__version__}")
     options = parser.parse_args(arguments)
     # Fill the first three descriptors: the number of a closed stderr must not become a socket's.
-    while os.open(os.devnull, os.O_RDWR) <= 2:
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
+    os.close(number)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         config = read_config(options.config)

@@ -1997,6 +1997,27 @@ def test_replace_a_second_TERM_drains_at_once(serve):
     assert client.answer().json["pid"] != old
 
 
+def test_replace_a_successor_that_leaves_before_it_serves_forgets_no_predecessor(serve):
+    """Guards: `not child.predecessor` in maintain(). The successor hears "go" and TERM at once."""
+    server = serve(code=GATE + APPLICATION, workers=1)
+    [old] = server.workers()
+    server.touch("gate")
+    os.kill(old, SIGTERM)
+    until(lambda: len(server.workers()) == 2, "the successor to be forked")
+    [successor] = {*server.workers()} - {old}
+    os.kill(server.pid, SIGSTOP)
+    server.remove("gate")
+    sleeps_in = Path(f"/proc/{successor}/wchan")  # the kernel's function
+    until(lambda: "epoll" in sleeps_in.read_text(), "the successor to be ready")
+    os.kill(successor, SIGSTOP)
+    os.kill(server.pid, SIGCONT)
+    os.kill(successor, SIGTERM)
+    os.kill(successor, SIGCONT)
+    gone = {old, successor}
+    until(lambda: gone.isdisjoint(server.workers()), "both to be replaced")
+    assert len(server.workers()) == 1
+
+
 @pytest.mark.parametrize("moment", ["boots", "leaves", "drains", "has died"])
 def test_replace_a_TERM_to_the_whole_group_is_a_stop_that_loses_nothing(serve, moment):
     """Guards: the master hears its own TERM before it replaces; must_come_up_first()."""
@@ -3103,6 +3124,7 @@ class SimWorker:
     why = ""  # it asks to leave
     is_being_replaced = False
     was_told_go = False
+    has_begun = False  # it has said that it serves
     served_at = NEVER  # when it was told to go
     told_go_in = -1  # in which turn of the master
     told_at = NEVER  # when it was ordered to drain
@@ -3167,8 +3189,17 @@ class SimWorker:
             if word == "go":
                 self.life = "serving"
                 self.accept()
+                self.world.after(self.world.small_delay(), self.begin, self)
+                if self.world.has("early leave") and self.world.chance(0.2):
+                    self.ask_to_leave(self.world.random.choice(("SIGTERM", "max_requests")))
             elif word == "drain" and self.life in ("ready", "serving"):
                 self.drain(arguments[0])
+
+    def begin(self) -> None:
+        """Say that it serves, at the end of the round in which it was told to."""
+        if self.life == "serving":
+            self.has_begun = True
+            self.say("serving")
 
     def accept(self) -> None:
         if self.life == "serving":
@@ -3356,7 +3387,7 @@ class World:
         self.selection = {name for name in names if self.chance(0.6)}
         self.features = {
             name
-            for name in ("slow requests", "hanging", "failing", "interrupts")
+            for name in ("slow requests", "hanging", "failing", "interrupts", "early leave")
             if self.chance(0.5)
         }
         self.weights = [self.HAPPENINGS[name] * (name in self.selection) for name in names]
@@ -3751,16 +3782,13 @@ class World:
         self.note("reads", self.disk.backlog, list(self.disk.listen), self.disk.workers)
         return self.disk
 
-    def claim_pidfile(self, config: Any, *others: Any) -> None:
-        """others: what claim_pidfile() or write_pidfile() takes besides."""
-        if not config.pidfile:
-            return
-        if self.takes_fault("pidfile"):
+    def write_pidfile(self, config: Any, undo: contextlib.ExitStack) -> None:
+        if config.pidfile and self.takes_fault("pidfile"):
             self.note("the pidfile cannot be written")
             raise self.simulation.names["ConfigError"]("pidfile: a fault")
-        if config.pidfile not in self.pidfiles and isinstance(others[0], contextlib.ExitStack):
-            others[0].callback(self.pidfiles.discard, config.pidfile)
-        self.pidfiles.add(config.pidfile)
+        if config.pidfile and config.pidfile not in self.pidfiles:
+            undo.callback(self.pidfiles.discard, config.pidfile)
+            self.pidfiles.add(config.pidfile)
 
     def open_logs(self, config: Any, *_: object) -> Any:
         if self.takes_fault("logs"):
@@ -3771,19 +3799,16 @@ class World:
     def use_logs(self, config: Any) -> None:
         self.log_file = config.log_file
 
-    def sd_notify(self, address: str, *parts: str) -> None:
+    def sd_notify(self, address: str, state: str, status: str) -> None:
         self.interrupt()
-        state = parts[0]
         self.note("notify", state)
+        self.said_stopping += state == "STOPPING=1"
         if state.startswith("RELOADING=1"):
             self.expect(not self.is_reloading, "RELOADING twice without READY")
-            self.expect("MONOTONIC_USEC=" in "".join(parts), "RELOADING without its time")
+            self.expect("MONOTONIC_USEC=" in state, "RELOADING without its time")
             self.is_reloading = True
-        elif state.startswith("READY=1"):
+        elif state:
             self.is_reloading = False
-        elif state.startswith("STOPPING=1"):
-            self.is_reloading = False
-            self.said_stopping += 1
 
     # The promises
     def expect(self, condition: object, *what: object) -> None:
@@ -3883,7 +3908,7 @@ class World:
                 if each.generation is current
                 and each.place.number == worker.place.number
                 and each is not worker
-                and each.was_told_go
+                and each.has_begun
             ]
             self.expect(heirs, worker, "is to drain before its successor serves")
         elif worker.was_told_go:
@@ -3958,9 +3983,9 @@ class World:
         """Note from when on its place may have a new worker."""
         if worker.orders or worker.was_killed and not worker.was_aborted and not worker.was_told_go:
             return
-        others = [each for each in self.workers if each.key == worker.key]
+        later = [each for each in self.workers if each.key == worker.key and each.pid > worker.pid]
         place = self.places[worker.key]
-        if worker.why and (place[1] or any(not each.orders for each in others)):
+        if worker.why and (place[1] or any(not each.orders for each in later)):
             return  # its successor has begun, or is due
         served = self.woke_at - worker.served_at
         if worker.why or served > self.simulation.steady:
@@ -4022,6 +4047,8 @@ class World:
         if self.has_stopped and worker.may_accept():
             soon = self.now + SIM_LATE
             self.expect(self.sleeps_until < soon, "a stop sleeps, though", worker, "serves")
+        if worker.place.predecessor:  # it waits for its turn
+            worker.hurried_in = self.turn
         if worker.has_hurried and worker.may_accept() and worker.hurried_in + 1 < self.turn:
             self.violated(f"{worker} hurries in vain")
         self.expect(worker.end.copies == 1, "the master keeps the end of", worker)
@@ -4118,9 +4145,9 @@ class Simulation:
         self.overtime: float = names["OVERTIME"]
         self.steady: float = names["STEADY"]
         self.back_off: Any = names["BACK_OFF"]
-        self.pause: float = names["PAUSE"]
+        self.pause: float = names["RETRY_PAUSE"]
         self.bind_patience: float = names["BIND_PATIENCE"]
-        names["Scoreboard"] = type("Scoreboard", (names["Scoreboard"],), {"SLOTS": 64})
+        names["Scoreboard"] = types.SimpleNamespace(MASTER=0, WORKERS=range(1, 64), UNSEEN=64)
         defaults = {key: read(default) for key, (default, read) in names["KEYS"].items()}
         ini = types.SimpleNamespace(path="sim.ini", folder="/")
         self.config = names["Config"](**defaults, tls=None, parts=[], ini=ini)
@@ -4176,7 +4203,6 @@ class Simulation:
         def ignore(*_: object, **__: object) -> None:
             pass
 
-        poll = functools.partial(SimPoll, world)
         log = types.SimpleNamespace(
             info=world.note, warning=world.note, error=world.note, log=world.note, debug=ignore
         )
@@ -4194,8 +4220,7 @@ class Simulation:
             "time": types.SimpleNamespace(
                 monotonic=lambda: world.now, monotonic_ns=lambda: int(world.now * 1e9)
             ),
-            "select": types.SimpleNamespace(poll=poll, POLLIN=select.POLLIN),
-            "poll": poll,
+            "poll": functools.partial(SimPoll, world),
             "signal": types.SimpleNamespace(
                 **{
                     **vars(signal),
@@ -4216,8 +4241,7 @@ class Simulation:
             "read_config": world.read_config,
             "open_logs": world.open_logs,
             "use_logs": world.use_logs,
-            "claim_pidfile": world.claim_pidfile,
-            "write_pidfile": world.claim_pidfile,
+            "write_pidfile": world.write_pidfile,
             "release_pidfile": world.pidfiles.discard,
             "take_notify_socket": lambda: "sim",
             "sd_notify": world.sd_notify,
@@ -4246,206 +4270,135 @@ def test_world_keeps_every_promise():
 
 
 # What a careless hand could change in Part I, and what it would be then.
+# fmt: off
 SIM_MUTANTS = {
-    "a commit at the first ready": (
-        "elif all(child.life == READY for child in new.children):",
-        "elif any(child.life == READY for child in new.children):",
-    ),
-    "a commit that goes on after a stop": (
-        "        self.settle(self.current, self.upcoming)\n\n    def advance_stop",
-        "\n    def advance_stop",
-    ),
-    "told twice": (
-        "if child.generation is generation and child.life < DRAINING:",
-        "if child.generation is generation:",
-    ),
-    "the signal before the order": (
-        """            child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)
-            os.kill(child.pid, signal.SIGHUP)""",
-        """            os.kill(child.pid, signal.SIGHUP)
-            child.line.say("drain", sorted(dropped), child.generation.config.idle_grace)""",
-    ),
-    "a forgotten SIGHUP": (
-        "elif signum == signal.SIGHUP and not self.stopping:",
-        "elif signum == signal.SIGHUP and not self.stopping and not self.upcoming:",
-    ),
-    "a SIGHUP that interrupts a reload": (
-        "if self.sighup_waits and not self.upcoming:",
-        "if self.sighup_waits:",
-    ),
-    "a SIGHUP that is remembered over a stop": (
-        "        self.stopping = True\n        self.sighup_waits = False\n        if signum",
-        "        self.stopping = True\n        if signum",
-    ),
-    "a SIGHUP that is remembered over a failed start": (
-        "        self.sighup_waits = False\n        self.status = max",
-        "        self.status = max",
-    ),
-    "TERM unheard while loading": (
-        "            elif signum in STOPS:\n",
-        "            elif signum in STOPS and not self.upcoming:\n",
-    ),
-    "a second stop unheard": (
-        "            if signum in STOPS and self.stopping:\n",
-        "            if False:\n",
-    ),
-    "a worker that comes up after a second stop": (
-        "        self.let_go_of_everything()\n        for pid",
-        "        for pid",
-    ),
-    "a stop that waits for nobody": (
-        "or self.must_come_up_first():",
-        "or False:",
-    ),
-    "a stop that waits for a place in its back-off": (
-        "return child.deaths <= 1 and not self.fork_pause.until",
-        "return True",
-    ),
-    "no back-off": (
-        "pause = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]",
-        "pause = 0",
-    ),
-    "a back-off that is never over": (
-        "deaths = 0 if was_steady or self.life == LEAVING else self.deaths",
-        "deaths = self.deaths",
-    ),
-    "a successor that takes over before it is ready": (
-        "if old and (old.hurries or child.life == SERVING):",
-        "if old and child.life >= BOOTING:",
-    ),
-    "a worker that hurries in vain": (
-        "if old and (old.hurries or child.life == SERVING):",
-        "if old and child.life == SERVING:",
-    ),
-    "go after drain": (
-        "        self.maintain_workers()  # says",
-        "        # says",
-    ),
-    "a stale word": (
-        'elif word == "leaving" and self.life in (SERVING, LEAVING):',
-        'elif word == "leaving" and self.life >= SERVING:',
-    ),
-    "an address that stays is closed": (
-        "dropped = generation.listeners.keys() - heir.listeners.keys()",
-        "dropped = generation.listeners.keys()",
-    ),
-    "an address that stays is bound again": (
-        "for address in config.listen if address in kept}",
-        "for address in config.listen if address in ()}",
-    ),
-    "an address that goes stays open": (
-        "dropped = generation.listeners.keys() - heir.listeners.keys()",
-        "dropped = set()",
-    ),
-    "an order before the close": (
-        """            for address in dropped:
-                close_listeners(generation.listeners[address])
-            if generation.config.pidfile != heir.config.pidfile:
-                release_pidfile(generation.config.pidfile)
-            for child in self.children.values():
-                if child.generation is generation and child.life < DRAINING:
-                    self.end(child, dropped - generation.borrowed)
-""",
-        """            for child in self.children.values():
-                if child.generation is generation and child.life < DRAINING:
-                    self.end(child, dropped - generation.borrowed)
-            for address in dropped:
-                close_listeners(generation.listeners[address])
-            if generation.config.pidfile != heir.config.pidfile:
-                release_pidfile(generation.config.pidfile)
-""",
-    ),
-    "a queue that nobody empties": (
-        'child.line.say("drain", sorted(dropped),',
-        'child.line.say("drain", [],',
-    ),
-    "a pidfile that a roll-back leaves": (
-        "if generation.config.pidfile != heir.config.pidfile:",
-        "if generation.stage == Stage.PAST:",
-    ),
-    "a refusal of which systemd does not hear": (
-        'self.notify("READY=1", f"reload refused: {error}", logging.ERROR)',
-        "pass",
-    ),
-    "a bind without patience": (
-        "patience = self.now < new.begun_at + BIND_PATIENCE",
-        "patience = True",
-    ),
-    "a death that no reload minds": (
-        "if generation.stage == Stage.LOADING:",
-        "if False:",
-    ),
-    "no boot_timeout for a reload": (
-        "elif self.now > new.begun_at + new.config.boot_timeout:",
-        "elif False:",
-    ),
-    "no boot_timeout for a replacement": (
-        "return self.since + config.boot_timeout",
-        "return FOREVER",
-    ),
-    "no end to a drain": (
-        "return self.since + config.drain_timeout + OVERTIME",
-        "return FOREVER",
-    ),
-    "no end to the exit functions": (
-        "        if self.life == EXITING:\n            return self.since + OVERTIME",
-        "        if self.life == EXITING:\n            return FOREVER",
-    ),
-    "an abort without a kill": (
-        "child.kill_at = self.now + ABORT_TIME\n        os.kill(child.pid, signal.SIGABRT)",
-        "os.kill(child.pid, signal.SIGABRT)",
-    ),
-    "a worker that hangs although it reads": (
-        "child.unread + 1 if unsent_bytes(child.line.sock) else 0",
-        "child.unread + 1",
-    ),
-    "a worker that hangs and is not found": (
-        "child.unread + 1 if unsent_bytes(child.line.sock) else 0",
-        "0",
-    ),
-    "questions without hang_timeout": (
-        "self.asked_at + hang_timeout / (QUESTIONS + 1) if hang_timeout else FOREVER",
-        "self.asked_at + 12",
-    ),
-    "all replaced at once for max_requests": (
-        "return child.why != MAX_REQUESTS or not any(",
-        "return True or not any(",
-    ),
-    "a fork with signals unblocked": (
-        "before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
-        "before = signal.pthread_sigmask(signal.SIG_SETMASK, ())",
-    ),
-    "the worker's end of the line kept": ("            theirs.close()\n", ""),
-    "a fork that fails ends the master": (
-        "except OSError as error:\n            self.fork_pause",
-        "except KeyError as error:\n            self.fork_pause",
-    ),
-    "a fork that fails is tried without a pause": (
-        "self.fork_pause.begin(self.now, error)",
-        "pass",
-    ),
-    "one death reaped for each signal": (
-        "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n",
-        "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n"
-        "                return\n",
-    ),
-    "a reap before the bell is emptied": (
-        "            self.obey()\n            self.reap()\n",
-        "            self.reap()\n            self.obey()\n",
-    ),
-    "a stop that sleeps when a worker has come up": (
-        "must_still_drain = self.stopping and self.current.listeners",
-        "must_still_drain = False",
-    ),
-    "a spinning master": (
-        "            if not child.line.ended:\n                poll",
-        "            if True:\n                poll",
-    ),
-    "no look while a reload is under way": (
-        "            due.append(self.now + TICK)\n",
-        "            pass\n",
-    ),
+    "a commit at the first ready":
+        ("elif all(child.life == READY", "elif any(child.life == READY"),
+    "a commit that goes on after a stop":
+        ("        self.settle(self.current, self.upcoming)\n\n    def advance_stop",
+         "\n    def advance_stop"),
+    "told twice":
+        ("generation and child.life < DRAINING:", "generation:"),
+    "the signal before the order":
+        ('child.line.say("drain", sorted(dropped), grace)\n'
+         "            os.kill(child.pid, signal.SIGHUP)",
+         "os.kill(child.pid, signal.SIGHUP)\n            "
+         'child.line.say("drain", sorted(dropped), grace)'),
+    "a forgotten SIGHUP":
+        ("elif signum == signal.SIGHUP and not self.stopping:",
+         "elif signum == signal.SIGHUP and not self.stopping and not self.upcoming:"),
+    "a SIGHUP that interrupts a reload":
+        ("if self.sighup_waits and not self.upcoming:", "if self.sighup_waits:"),
+    "a SIGHUP that is remembered over a stop":
+        ("        self.stopping = True\n        self.sighup_waits = False\n        if signum",
+         "        self.stopping = True\n        if signum"),
+    "a SIGHUP that is remembered over a failed start":
+        ("        self.sighup_waits = False\n        self.status = max",
+         "        self.status = max"),
+    "TERM unheard while loading":
+        ("            elif signum in STOPS:\n",
+         "            elif signum in STOPS and not self.upcoming:\n"),
+    "a second stop unheard":
+        ("            if signum in STOPS and self.stopping:\n", "            if False:\n"),
+    "a worker that comes up after a second stop":
+        ("        self.drop_all_addresses()\n        for pid", "        for pid"),
+    "a stop that waits for nobody":
+        ("or self.must_come_up_first():", "or False:"),
+    "a stop that waits for a place in its back-off":
+        ("return child.deaths <= 1 and not self.fork_pause.until", "return True"),
+    "no back-off":
+        ("pause = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]", "pause = 0"),
+    "a back-off that is never over":
+        ("0 if was_steady or self.life == LEAVING else self.deaths", "self.deaths"),
+    "a successor that takes over before it is ready":
+        ("if old and (old.hurries or child.has_begun):", "if old and child.life >= BOOTING:"),
+    "a successor that takes over before it serves":
+        ("(old.hurries or child.has_begun):", "(old.hurries or child.life == SERVING):"),
+    "a predecessor that is forgotten":
+        ("if child.life == LEAVING and not child.predecessor and", "if child.life == LEAVING and"),
+    "a worker that hurries in vain":
+        ("if old and (old.hurries or child.has_begun):", "if old and child.has_begun:"),
+    "go after drain":
+        ("        self.maintain_workers()  # says", "        # says"),
+    "a stale word":
+        ("self.life in (SERVING, LEAVING):", "self.life >= SERVING:"),
+    "an address that stays is closed":
+        ("generation.listeners.keys() - heir.listeners.keys()", "generation.listeners.keys()"),
+    "an address that stays is bound again":
+        ("config.listen if address in kept}", "config.listen if address in ()}"),
+    "an address that goes stays open":
+        ("dropped = generation.listeners.keys() - heir.listeners.keys()", "dropped = set()"),
+    "an order before the close":
+        ("            for address in dropped:\n"
+         "                close_listeners(generation.listeners[address])\n"
+         "            if generation.config.pidfile != heir.config.pidfile:\n"
+         "                release_pidfile(generation.config.pidfile)\n"
+         "            for child in self.children.values():\n"
+         "                if child.generation is generation and child.life < DRAINING:\n"
+         "                    self.end(child, dropped - generation.borrowed)\n",
+         "            for child in self.children.values():\n"
+         "                if child.generation is generation and child.life < DRAINING:\n"
+         "                    self.end(child, dropped - generation.borrowed)\n"
+         "            for address in dropped:\n"
+         "                close_listeners(generation.listeners[address])\n"
+         "            if generation.config.pidfile != heir.config.pidfile:\n"
+         "                release_pidfile(generation.config.pidfile)\n"),
+    "a queue that nobody empties":
+        ('child.line.say("drain", sorted(dropped),', 'child.line.say("drain", [],'),
+    "a pidfile that a roll-back leaves":
+        ("generation.config.pidfile != heir.config.pidfile:", "generation.stage == Stage.PAST:"),
+    "a refusal of which systemd does not hear":
+        ('self.notify("READY=1", f"reload refused: {error}", logging.ERROR)', "pass"),
+    "a bind without patience":
+        ("patience = self.now < new.begun_at + BIND_PATIENCE", "patience = True"),
+    "a death that no reload minds":
+        ("if generation.stage == Stage.LOADING:", "if False:"),
+    "no boot_timeout for a reload":
+        ("elif self.now > new.begun_at + new.config.boot_timeout:", "elif False:"),
+    "no boot_timeout for a replacement":
+        ("return self.since + config.boot_timeout", "return FOREVER"),
+    "no end to a drain":
+        ("return self.since + config.drain_timeout + OVERTIME", "return FOREVER"),
+    "no end to the exit functions":
+        ("        if self.life == EXITING:\n            return self.since + OVERTIME",
+         "        if self.life == EXITING:\n            return FOREVER"),
+    "an abort without a kill":
+        ("child.kill_at = self.now + ABORT_TIME\n        os.kill(child.pid, signal.SIGABRT)",
+         "os.kill(child.pid, signal.SIGABRT)"),
+    "a worker that hangs although it reads":
+        ("child.unread + 1 if unsent_bytes(child.line.sock) else 0", "child.unread + 1"),
+    "a worker that hangs and is not found":
+        ("child.unread + 1 if unsent_bytes(child.line.sock) else 0", "0"),
+    "questions without hang_timeout":
+        ("hang_timeout / (QUESTIONS + 1) if hang_timeout else FOREVER", "12"),
+    "all replaced at once for max_requests":
+        ("return child.why != MAX_REQUESTS or not any(", "return True or not any("),
+    "a fork with signals unblocked":
+        ("before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())",
+         "before = signal.pthread_sigmask(signal.SIG_SETMASK, ())"),
+    "the worker's end of the line kept":
+        ("            theirs.close()\n", ""),
+    "a fork that fails ends the master":
+        ("except OSError as error:\n            self.fork_pause",
+         "except KeyError as error:\n            self.fork_pause"),
+    "a fork that fails is tried without a pause":
+        ("self.fork_pause.begin(self.now, error)", "pass"),
+    "one death reaped for each signal":
+        ("                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n",
+         "                self.bury(self.children.pop(pid), os.waitstatus_to_exitcode(status))\n"
+         "                return\n"),
+    "a reap before the bell is emptied":
+        ("            self.obey()\n            self.reap()\n",
+         "            self.reap()\n            self.obey()\n"),
+    "a stop that sleeps when a worker has come up":
+        ("must_still_drain = self.stopping and self.current.listeners", "must_still_drain = False"),
+    "a spinning master":
+        ("            if not child.line.ended:\n                poll",
+         "            if True:\n                poll"),
+    "no look while a reload is under way":
+        ("            due.append(self.now + TICK)\n", "            pass\n"),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("change", SIM_MUTANTS.values(), ids=list(SIM_MUTANTS))
