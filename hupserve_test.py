@@ -3681,9 +3681,11 @@ class World:
         self.trace.append((self.now, *what))
 
     def excuse(self, worker: SimWorker) -> None:
-        """A worker is lost. Clients that only it could have answered may be lost, too."""
-        serving = self.master.current if hasattr(self, "master") else None
-        if worker.was_told_go or worker.generation is serving:
+        """A worker is lost. Clients that only it could have answered may be lost, too.
+
+        If it is ready, its generation may just be committing.
+        """
+        if worker.has_said_ready or worker.generation is self.master.current:
             self.excused = True
 
     def look_at_life(self, child: Any, life: Any) -> None:
