@@ -35,7 +35,8 @@ A reload. A generation is the workers started from one reading of the configurat
 
     signal         to the master                       to a worker
     HUP            reload                              drain if ordered by the master, else log it
-    TERM, QUIT     stop when everything is answered    serve until replaced, then drain
+    TERM, QUIT     stop when everything is answered    serve until replaced, then drain (not while
+                                                       it loads: then ignored)
     INT            as TERM, without grace for the idle ignored: Ctrl-C reaches the master too
     a second stop  stop at once                        drain at once
     USR1, USR2     ignored: logs follow their rotation ignored
@@ -46,14 +47,14 @@ Four rules make it safe. The code refers to them by number.
 1. A connection has one owner. The main thread owns it until it puts it into `jobs`; a request
    thread owns it until it puts it into `returned`; then the main thread owns it again. Only the
    owner reads, writes or parses. (append and popleft of a deque are atomic.)
-2. The main thread alone registers and closes sockets. A descriptor that is closed elsewhere could
-   be in use again before the selector hears of it.
+2. The main thread alone registers and closes sockets. If another thread closed one, its number
+   could belong to a new socket while the selector still knows the old.
 3. What can fail happens before the commit, listen() last, and nothing before it is visible to a
    client. One exception: if listen() fails at the second of two new addresses, clients that have
    reached the first are reset.
 4. To close the last copy of a listening socket resets the clients in its queue. So for a dropped
    address the master closes its copy first, and then orders; each worker accepts all that are
-   queued before it closes its own.
+   queued just before it closes its own. (A moment later they would have been refused.)
 
 The parts. Part I alone is the reload; it can be read without the others.
 
@@ -260,6 +261,14 @@ class Child:
     def accepts(self) -> bool:
         return self.life in (SERVING, LEAVING)
 
+    def signal(self, signum: int) -> None:
+        """A worker that is dead keeps its pid until reap(), so this cannot reach a stranger.
+
+        (Unless the calling program waits for all children there are. Then the pid is free.)
+        """
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signum)
+
     def deadline(self) -> float:
         """-> when its time in this state is over, in time.monotonic() seconds."""
         config = self.generation.config
@@ -349,6 +358,7 @@ class Master:
         self.adopted = adopt_listeners()
         self.bell = Bell()
         self.bell.handle(*MASTER_SIGNALS, *IGNORED_SIGNALS)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a dead worker's line is an error of send()
         self.fork_pause = Pause("start a worker")
         self.children: dict[int, Child] = {}  # by pid: every living worker of every generation
         self.generation_numbers = itertools.count()
@@ -459,7 +469,7 @@ class Master:
         return bool(ours) or self.clients_are_queued(self.current.borrowed)
 
     def is_coming_up(self, child: Child) -> bool:
-        """A place in its back-off is not forked again in a stop: its code cannot boot."""
+        """In a stop, a place whose workers have died twice in a row is left vacant."""
         if child.life == VACANT:
             return child.deaths <= 1 and not self.fork_pause.until
         return child.life in (BOOTING, READY)
@@ -473,8 +483,8 @@ class Master:
         log.warning("stopped by force")
         self.status = self.status or 1
         self.drop_all_addresses()
-        for pid in self.children:
-            os.kill(pid, signal.SIGKILL)
+        for child in self.children.values():
+            child.signal(signal.SIGKILL)
 
     # What comes from below
     def reap(self) -> None:
@@ -677,8 +687,7 @@ class Master:
         """Order a worker to drain, once, or kill it if it has not loaded yet.
 
         The order is written before the signal is sent. So a worker that hears the signal finds the
-        order at the start of its next round, before it begins anything new. (A worker that is dead
-        keeps its pid until reap(), so the signal cannot reach a stranger.)
+        order at the start of its next round, before it begins anything new.
         dropped: the addresses whose queue nobody inherits.
         """
         if child.life == BOOTING:
@@ -687,7 +696,7 @@ class Master:
             grace = child.generation.config.idle_grace
             log.debug("drain, to %s; addresses that nobody inherits: %s", child, in_words(dropped))
             child.line.say("drain", sorted(dropped), grace)
-            os.kill(child.pid, signal.SIGHUP)
+            child.signal(signal.SIGHUP)
         child.enter(DRAINING)
 
     def notify(self, state: str, outcome: str, level: int = logging.INFO) -> None:
@@ -798,12 +807,12 @@ class Master:
         log.error("%s%s", reason, child.what_was_in_flight())
         child.failure = child.failure or (1, reason)
         child.kill_at = self.now + ABORT_TIME
-        os.kill(child.pid, signal.SIGABRT)
+        child.signal(signal.SIGABRT)
 
     def kill(self, child: Child) -> None:
         """End a worker at once. (Should it be stuck in the kernel, once more in a while.)"""
         child.kill_at = self.now + ABORT_TIME
-        os.kill(child.pid, signal.SIGKILL)
+        child.signal(signal.SIGKILL)
 
     def spawn(self, child: Child) -> None:
         """Fork a worker into its place, or begin a pause if the system has no more to give."""
@@ -1255,7 +1264,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         is_ready(self.bell, POLLIN, RETRY_PAUSE if no_threads else HEAD_START)
 
     def next_deadline(self) -> float:
-        """-> when something is due next, in time.monotonic() seconds. Past times do not count."""
+        """-> when something is due next, in time.monotonic() seconds. A past timer is off."""
         timers = (
             self.accept_pause.until,
             self.polite_until,
@@ -1712,15 +1721,14 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
 
         Out of descriptors, this goes on when there may be some again.
         """
-        if self.life != DRAINING:
+        if self.life != DRAINING or self.now < self.accept_pause.until:
             return
         for listener in list(self.listeners):
-            before = self.open_connections
-            while self.now >= self.accept_pause.until and self.admit(listener):
-                pass
-            accepted = self.open_connections - before
-            log.debug("drain: accepted %d clients from the queue", accepted)
-            if self.now >= self.accept_pause.until:
+            tries = 0  # one queue's length a round: this thread has other things to do
+            while tries < self.config.backlog and self.admit(listener):
+                tries += 1
+            log.debug("drain: accepted %d clients from the queue", tries)
+            if tries < self.config.backlog and self.now >= self.accept_pause.until:
                 self.close_listener(listener)
 
     def shorten_grace(self, grace: float) -> None:
@@ -3016,6 +3024,7 @@ def take_back_from_guest(bell: Bell, config: Config) -> None:
             signal.signal(signum, shielded(handler))
     bell.take_wakeups()
     bell.handle(signal.SIGHUP, *STOPS)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that is gone is an error of send()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     faulthandler.disable()  # enable() alone would not take SIGABRT back
     faulthandler.enable(stderr_log().file)
@@ -3049,7 +3058,8 @@ def leave(line: Line, status: int) -> NoReturn:
     """
     line.say("exiting")
     # The last resort ends the process even if C code holds the interpreter's lock.
-    faulthandler.dump_traceback_later(EXIT_TIME, exit=True, file=stderr_log().file)
+    with contextlib.suppress(RuntimeError):  # it can start no thread: then OVERTIME is the limit
+        faulthandler.dump_traceback_later(EXIT_TIME, exit=True, file=stderr_log().file)
     exit_functions = threading.Lock()  # held by the thread that runs them
 
     def run_exit_functions() -> None:
@@ -4251,7 +4261,8 @@ def serve(config: Config) -> int:
 @contextlib.contextmanager
 def signals_put_back() -> Iterator[None]:
     """(master) At the end the calling program has its handlers, wake-up descriptor and mask."""
-    handlers = {signum: signal.getsignal(signum) for signum in MASTER_SIGNALS + IGNORED_SIGNALS}
+    ours = {*MASTER_SIGNALS, *IGNORED_SIGNALS, signal.SIGPIPE}
+    handlers = {signum: signal.getsignal(signum) for signum in ours}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     wakeup = signal.set_wakeup_fd(-1)
     try:

@@ -2005,12 +2005,20 @@ def test_replace_a_successor_that_leaves_before_it_serves_forgets_no_predecessor
     os.kill(old, SIGTERM)
     until(lambda: len(server.workers()) == 2, "the successor to be forked")
     [successor] = {*server.workers()} - {old}
+    sleeps = Path(f"/proc/{server.pid}/status")
+
+    def count() -> list[str]:
+        return re.findall(r"\nvoluntary_ctxt_switches.*", sleeps.read_text())
+
     os.kill(server.pid, SIGSTOP)
+    until(lambda: "State:\tT" in sleeps.read_text(), "the master to stop")
     server.remove("gate")
     sleeps_in = Path(f"/proc/{successor}/wchan")  # the kernel's function
     until(lambda: "epoll" in sleeps_in.read_text(), "the successor to be ready")
     os.kill(successor, SIGSTOP)
+    before = count()
     os.kill(server.pid, SIGCONT)
+    until(lambda: count() != before, 'the master to say "go" and to sleep again')
     os.kill(successor, SIGTERM)
     os.kill(successor, SIGCONT)
     gone = {old, successor}
@@ -3825,9 +3833,11 @@ class World:
         self.trace.append((self.now, *what))
 
     def excuse(self, worker: SimWorker) -> None:
-        """A worker is lost. Clients that only it could have answered may be lost, too."""
-        serving = self.master.current if hasattr(self, "master") else None
-        if worker.was_told_go or worker.generation is serving:
+        """A worker is lost. Clients that only it could have answered may be lost, too.
+
+        If it is ready, its generation may just be committing.
+        """
+        if worker.has_said_ready or worker.generation is self.master.current:
             self.excused = True
 
     def look_at_life(self, child: Any, life: Any) -> None:
