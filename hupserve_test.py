@@ -96,6 +96,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -4039,10 +4040,13 @@ class World:
         self.look_at_the_end()
 
     def look_at_patience(self, new: Any) -> None:
-        """A reload has its time."""
+        """A reload has its time, and so has each of its workers."""
         is_binding = new.stage.name == "BINDING"
         limit = self.simulation.bind_patience if is_binding else new.config.boot_timeout
-        is_over = self.woke_at > new.begun_at + limit
+        forks = [child.since for child in new.children if child.life.name == "BOOTING"]
+        is_over = self.woke_at > max([new.begun_at, *forks]) + limit
+        if any(child.kill_at < math.inf for child in new.children):
+            return  # one was aborted: its death ends the reload
         self.expect(not is_over or self.staged_in == self.turn, "a reload takes too long")
 
     def look_at(self, worker: SimWorker) -> None:
@@ -4291,8 +4295,8 @@ SIM_MUTANTS = {
         ("generation and child.life < DRAINING:", "generation:"),
     "the signal before the order":
         ('child.line.say("drain", sorted(dropped), grace)\n'
-         "            os.kill(child.pid, signal.SIGHUP)",
-         "os.kill(child.pid, signal.SIGHUP)\n            "
+         "            child.signal(signal.SIGHUP)",
+         "child.signal(signal.SIGHUP)\n            "
          'child.line.say("drain", sorted(dropped), grace)'),
     "a forgotten SIGHUP":
         ("elif signum == signal.SIGHUP and not self.stopping:",
@@ -4311,7 +4315,7 @@ SIM_MUTANTS = {
     "a second stop unheard":
         ("            if signum in STOPS and self.stopping:\n", "            if False:\n"),
     "a worker that comes up after a second stop":
-        ("        self.drop_all_addresses()\n        for pid", "        for pid"),
+        ("        self.drop_all_addresses()\n        for child", "        for child"),
     "a stop that waits for nobody":
         ("or self.must_come_up_first():", "or False:"),
     "a stop that waits for a place in its back-off":
@@ -4343,12 +4347,14 @@ SIM_MUTANTS = {
          "                close_listeners(generation.listeners[address])\n"
          "            if generation.config.pidfile != heir.config.pidfile:\n"
          "                release_pidfile(generation.config.pidfile)\n"
-         "            for child in self.children.values():\n"
+         "            # A worker that still boots is killed first: "
+         "it has a copy, too, and empties no queue.\n"
+         "            for child in sorted(self.children.values(), key=lambda child: child.life):\n"
          "                if child.generation is generation and child.life < DRAINING:\n"
-         "                    self.end(child, dropped - generation.borrowed)\n",
-         "            for child in self.children.values():\n"
+         "                    self.order_to_drain(child, dropped - generation.borrowed)\n",
+         "            for child in sorted(self.children.values(), key=lambda child: child.life):\n"
          "                if child.generation is generation and child.life < DRAINING:\n"
-         "                    self.end(child, dropped - generation.borrowed)\n"
+         "                    self.order_to_drain(child, dropped - generation.borrowed)\n"
          "            for address in dropped:\n"
          "                close_listeners(generation.listeners[address])\n"
          "            if generation.config.pidfile != heir.config.pidfile:\n"
@@ -4373,8 +4379,8 @@ SIM_MUTANTS = {
         ("        if self.life == EXITING:\n            return self.since + OVERTIME",
          "        if self.life == EXITING:\n            return FOREVER"),
     "an abort without a kill":
-        ("child.kill_at = self.now + ABORT_TIME\n        os.kill(child.pid, signal.SIGABRT)",
-         "os.kill(child.pid, signal.SIGABRT)"),
+        ("child.kill_at = self.now + ABORT_TIME\n        child.signal(signal.SIGABRT)",
+         "child.signal(signal.SIGABRT)"),
     "a worker that hangs although it reads":
         ("child.unread + 1 if unsent_bytes(child.line.sock) else 0", "child.unread + 1"),
     "a worker that hangs and is not found":
