@@ -6445,7 +6445,7 @@ def test_operator_sd_notify_waits_for_a_systemd_that_is_busy(serve, folder):
                 filler.send(b"STATUS=busy")
         server.signal()
         server.wait_log("SIGHUP: reloading")
-        time.sleep(0.3)  # systemd is busy
+        time.sleep(0.1)  # systemd is busy
         notifications.next("RELOADING")
         notifications.next("READY")
 
