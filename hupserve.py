@@ -572,9 +572,9 @@ class Master:
         clock = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
         self.notify(f"RELOADING=1\n{clock}", "SIGHUP: reloading")
         ini = self.current.config.ini
-        number = next(self.generation_numbers)
         try:
             config = read_config(ini.path, ini.folder)
+            number = next(self.generation_numbers)
             self.upcoming = Generation(number, config, self.adopted, self.current.listeners)
         except (ConfigError, OSError) as error:  # OSError: there is no memory to share
             self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
