@@ -2000,7 +2000,7 @@ def test_replace_a_second_TERM_drains_at_once(serve):
 
 def test_replace_a_successor_that_leaves_before_it_serves_forgets_no_predecessor(serve):
     """Guards: `not child.predecessor` in maintain(). The successor hears "go" and TERM at once."""
-    server = serve(code=GATE + APPLICATION, workers=1)
+    server = serve(code=GATE + APPLICATION, workers=1, log_level="debug")
     [old] = server.workers()
     server.touch("gate")
     os.kill(old, SIGTERM)
@@ -2008,18 +2008,14 @@ def test_replace_a_successor_that_leaves_before_it_serves_forgets_no_predecessor
     [successor] = {*server.workers()} - {old}
     sleeps = Path(f"/proc/{server.pid}/status")
 
-    def count() -> list[str]:
-        return re.findall(r"\nvoluntary_ctxt_switches.*", sleeps.read_text())
-
     os.kill(server.pid, SIGSTOP)
     until(lambda: "State:\tT" in sleeps.read_text(), "the master to stop")
     server.remove("gate")
     sleeps_in = Path(f"/proc/{successor}/wchan")  # the kernel's function
     until(lambda: "epoll" in sleeps_in.read_text(), "the successor to be ready")
     os.kill(successor, SIGSTOP)
-    before = count()
     os.kill(server.pid, SIGCONT)
-    until(lambda: count() != before, 'the master to say "go" and to sleep again')
+    server.wait_log(rf"worker 0 \(pid {successor}\) of generation 1: serving")
     os.kill(successor, SIGTERM)
     os.kill(successor, SIGCONT)
     gone = {old, successor}
@@ -2115,7 +2111,8 @@ def test_replace_a_worker_that_hangs(serve, how):
         )
         until(lambda: len(server.workers() - old) == 1, "a replacement")
         until(lambda: len(server.workers()) == 2, "the one that hung to be gone")
-        load.more(30)
+        before = len(load.answered)
+        until(lambda: len(load.answered) > before + 30, "the clients to be served")
     # The clients that the worker which hung had accepted are lost with it.
     assert len(load.lost) <= 2
     if how == "a regular expression":
