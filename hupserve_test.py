@@ -693,9 +693,9 @@ class Client:
         else:
             body = self.take_all()
         answer = Answer(status, headers, body)
-        if answer.closes:
+        if answer.closes and not isinstance(self.socket, ssl.SSLSocket):
             with contextlib.suppress(OSError):  # it has closed already
-                socket.socket.shutdown(self.socket, socket.SHUT_WR)  # without a word of TLS
+                self.socket.shutdown(socket.SHUT_WR)
         return answer
 
     def take_chunks(self) -> bytes:
