@@ -558,19 +558,23 @@ class Master:
             self.bind(new)
         elif all(child.life == READY for child in new.children):
             self.commit(new)
-        elif any(child.life == VACANT for child in new.children):
-            limit = new.config.boot_timeout  # that of a worker which was forked is watched
-            if self.now > new.begun_at + limit:
-                self.roll_back(f"not every worker could be forked in {limit:g} s (boot_timeout)")
+        elif self.now > new.begun_at + new.config.boot_timeout:
+            self.give_up_forking(new)
+
+    def give_up_forking(self, new: Generation) -> None:
+        """A worker that was forked has its own boot_timeout: see watch_workers()."""
+        if any(child.life == VACANT for child in new.children):
+            limit = f"{new.config.boot_timeout:g} s (boot_timeout)"
+            self.roll_back(f"not every worker could be forked within {limit}")
 
     def begin_reload(self) -> None:
         self.sighup_waits = False
         clock = f"MONOTONIC_USEC={time.monotonic_ns() // 1000}"
         self.notify(f"RELOADING=1\n{clock}", "SIGHUP: reloading")
         ini = self.current.config.ini
-        number = next(self.generation_numbers)
         try:
             config = read_config(ini.path, ini.folder)
+            number = next(self.generation_numbers)
             self.upcoming = Generation(number, config, self.adopted, self.current.listeners)
         except (ConfigError, OSError) as error:  # OSError: there is no memory to share
             self.notify("READY=1", f"reload refused: {error}", logging.ERROR)
