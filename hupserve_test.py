@@ -1420,6 +1420,7 @@ def test_1_an_idle_connection_gets_its_grace(serve):
     until(lambda: not alive(old))
 
 
+@beyond_core
 @pytest.mark.parametrize("why", ["idle_grace", "keepalive_timeout"])
 def test_1_a_connection_is_read_once_more_before_it_is_closed(serve, why):
     """Guards: the last look. A request in time is answered, however late the worker reads it."""
@@ -2498,6 +2499,7 @@ def in_shell(command: str) -> list[str]:
 OUT_OF_DESCRIPTORS = "cannot accept: Too many open files"
 
 
+@beyond_core
 def test_13_out_of_descriptors_is_a_pause_and_never_a_spin(serve):
     """Guards: accept's EMFILE is answered by a pause. 200 clients come to 48 descriptors."""
     server = serve(prefix=in_shell("ulimit -n 48"), header_timeout=120)
@@ -6076,7 +6078,7 @@ def test_slow_but_steady_readers_are_served_to_the_end(serve, path):
     (server.folder / "data").write_bytes(b"x" * SIZE_FOR_THE_SLOW)
     with server.connect(receive_buffer=65536) as client:
         client.request("GET", path)
-        end = time.monotonic() + 2.5
+        end = time.monotonic() + 2
         while time.monotonic() < end:
             client.more()
             time.sleep(0.2)  # a few hundred kilobytes a second
@@ -7491,8 +7493,8 @@ def test_operator_idle_it_uses_no_processor_time(serve):
     with server.connect() as client:
         client.get()
         before = cpu()
-        time.sleep(3)
-        assert cpu() - before <= 0.03
+        time.sleep(2)
+        assert cpu() - before <= 0.02
 
 
 @beyond_core
