@@ -5311,8 +5311,9 @@ def test_guest_in_a_folder_that_is_gone_is_refused_by_name(folder):
         [*command, PYTHON, str(HUPSERVE), "hupserve.ini"], capture_output=True, text=True
     )
     assert stop.returncode == 2
-    assert "the current folder" in stop.stderr
-    assert len(stop.stderr.splitlines()) == 1
+    ours = [line for line in stop.stderr.splitlines() if line.startswith("hupserve")]
+    assert len(ours) == 1  # an interpreter that is a shell script may complain, too
+    assert "the current folder" in ours[0]
 
 
 # ==== the exchange ================================================================================
