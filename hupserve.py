@@ -11,10 +11,12 @@ worker that is replaced alone. Two exceptions:
 - drain_timeout, where it is set, cuts short the requests that take longer.
 - A request that is sent while we close its idle connection is lost, as everywhere in HTTP/1.1
   (RFC 9112 section 9.5). The connection is read once more just before, so this window is no wider
-  than the network makes it. A reload does not widen it.
+  than the network makes it. A reload does not widen it, but opens it once for each idle
+  connection: these are closed idle_grace after the order to drain.
 
-A worker that crashes or hangs is replaced, but what it had in flight is lost; the log says what
-that was. Left to others: HTTP/2, websockets, async applications, privileges, static files at scale.
+A worker that crashes or hangs is replaced, but its connections are lost; the log names the
+requests that its threads were running. Left to others: HTTP/2, websockets, async applications,
+privileges, static files at scale.
 
 Who is who:
 
@@ -49,10 +51,10 @@ Four rules make it safe. The code refers to them by number.
    owner reads, writes or parses. (append and popleft of a deque are atomic.)
 2. The main thread alone registers and closes sockets. If another thread closed one, its number
    could belong to a new socket while the selector still knows the old.
-3. What can fail happens before the commit, listen() last, and nothing before it is visible to a
-   client. One exception: if listen() fails at the second of two new addresses, clients that have
+3. Whatever can fail is done before the commit, listen() last of all; until then no client notices
+   anything. One exception: if listen() fails at the second of two new addresses, clients that have
    reached the first are reset.
-4. To close the last copy of a listening socket resets the clients in its queue. So for a dropped
+4. Closing the last copy of a listening socket resets the clients in its queue. So for a dropped
    address the master closes its copy first, and then orders; each worker accepts all that are
    queued just before it closes its own. (A moment later they would have been refused.)
 
@@ -134,8 +136,8 @@ Socket = socket.socket
 #
 # The master and its workers are processes. They talk over a line, a socketpair for each worker.
 # Up go "ready", "serving", "leaving", "hurry", "exiting" and "failed". Down come "go", "drain" and
-# the question "are you well?", to which it is answer enough that it is read. What follows are the
-# states of a worker and of a generation, then the master, then the worker's side.
+# the question "are you well?", which needs no answer: the kernel tells whether it was read. What
+# follows are the states of a worker and of a generation, the master, then the worker's side.
 # ==================================================================================================
 class Life(enum.IntEnum):
     """A worker's life. Dying ends every state.
@@ -146,7 +148,7 @@ class Life(enum.IntEnum):
     # fmt: off
     VACANT = 0    # a place without a worker       -> BOOTING: forked, now or after the back-off
     BOOTING = 1   # loads the application          -> READY: it says "ready"
-    #                                              -> DRAINING, in the master's books: killed
+    #                                              -> DRAINING, in the master's books: it kills it
     READY = 2     # has loaded, accepts nothing    -> SERVING: the master says "go"
     #                                              -> DRAINING: a roll-back or a stop orders it
     SERVING = 3   # accepts                        -> LEAVING: it wants a successor, says "leaving"
@@ -192,7 +194,7 @@ VACANT, BOOTING, READY, SERVING, LEAVING, DRAINING, EXITING = Life
 
 STOPS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 MASTER_SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
-# Left alone they would end or stop a process.
+# By default the ignored ones would end or stop a process.
 TERMINAL_SIGNALS = (signal.SIGTTIN, signal.SIGTTOU)  # see Bell.note()
 IGNORED_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, *TERMINAL_SIGNALS)
 
@@ -205,7 +207,7 @@ EXIT_TIME = 10  # seconds for what the application's threads still do, and its e
 OVERTIME = 15.0  # seconds of EXITING, or after drain_timeout: a worker that is still there hangs
 QUESTIONS = 4  # in a row that a worker leaves unread: it hangs
 ABORT_TIME = 1.0  # seconds for faulthandler to write the tracebacks of a worker that hangs
-MAX_REQUESTS = "max_requests"  # a reason to leave; one worker of a generation does at a time
+MAX_REQUESTS = "max_requests"  # the reason to leave for which the workers take turns
 LONGEST_REASON = 500  # characters of an exception's text that go up the line
 SHOWN_OUTCOME = 500  # characters of a reload's outcome that are in the scoreboard
 SHOWN_INI = 150  # characters of the file's path there, the last ones
@@ -231,7 +233,7 @@ class Child:
     def __init__(self, generation: Generation, number: int, deaths: int = 0, fork_at: float = 0.0):
         self.generation = generation
         self.number = number
-        self.deaths = deaths  # forks in this place since its worker was steady or left by itself
+        self.deaths = deaths  # forks here in a row, none of which became steady or left by itself
         self.fork_at = fork_at  # the back-off: not before
 
     def enter(self, life: Life) -> None:
@@ -241,7 +243,7 @@ class Child:
         self.since = time.monotonic()
 
     def hear(self) -> None:
-        """Note what the worker has said. A word that crossed our order to drain is void."""
+        """Note what the worker has said. What crossed our order to drain counts no longer."""
         for word, *arguments in self.line.hear():
             if word == "failed":
                 status, reason = arguments
@@ -369,7 +371,7 @@ class Master:
         )
 
     def run(self) -> int:
-        """-> exit status. Each step looks at what is and does what is due; only wait() waits."""
+        """-> exit status. Each step does what is due and returns; only wait() sleeps."""
         while self.children or self.current.listeners or not self.stopping:
             self.wait()
             # Before reap(): this empties the bell, so a death from here on rings it again.
@@ -506,7 +508,7 @@ class Master:
                 return
 
     def bury(self, child: Child, code: int) -> None:
-        """A worker has ended. Does that end a reload, must it be replaced, or was it to go?"""
+        """A worker has ended. It ends a reload that loads, is replaced, or was ordered to go."""
         log.debug("reaped %s", child)
         child.hear()  # its last words
         child.line.sock.close()
@@ -526,7 +528,7 @@ class Master:
             log.info("the last worker of generation %d is gone", generation.number)
 
     def fill_place_of(self, dead: Child, reason: str) -> None:
-        """A worker has died that was not to go."""
+        """A worker has died without an order to drain."""
         generation = dead.generation
         generation.loads[dead.number] = 0
         reason += dead.what_was_in_flight()
@@ -682,7 +684,7 @@ class Master:
                 close_listeners(generation.listeners[address])
             if generation.config.pidfile != heir.config.pidfile:
                 release_pidfile(generation.config.pidfile)
-            # A worker that still boots is killed first: it has a copy, too, and empties no queue.
+            # Kill those that still boot first: they have a copy, too, and empty no queue.
             for child in sorted(self.children.values(), key=lambda child: child.life):
                 if child.generation is generation and child.life < DRAINING:
                     self.order_to_drain(child, dropped - generation.borrowed)
@@ -736,8 +738,8 @@ class Master:
     def maintain(self, child: Child) -> None:
         """Let a predecessor go, fork for a vacant place, send the ready to work.
 
-        A worker that leaves before its own predecessor has gone waits for its turn: in the place of
-        its successor nobody would remember that predecessor.
+        A worker that leaves before its own predecessor has gone waits until that one is ordered to
+        drain: a place remembers only one predecessor.
         """
         old = child.predecessor
         if old and (old.hurries or child.has_begun):
@@ -946,8 +948,9 @@ class WorkerLife:
         if self.line.ended:
             self.selector.unregister(self.line)
             log.error("the master is gone: draining")
-            nobody_inherits = self.generation.listeners.keys() - self.generation.borrowed
-            self.drain(nobody_inherits, self.config.idle_grace)
+            if not self.drains():
+                nobody_inherits = self.generation.listeners.keys() - self.generation.borrowed
+                self.drain(nobody_inherits, self.config.idle_grace)
 
     def hear(self) -> None:
         """Act on the master's words. A question whether we are well has only to be read."""
@@ -1052,7 +1055,7 @@ class State(enum.IntEnum):
     """
 
     # fmt: off
-    NEW = 0        # no byte of a first request, nor all of a TLS handshake
+    NEW = 0        # accepted, no byte of a request yet, perhaps in the TLS handshake
     #                                             -> READING, RECEIVING, WAITING: what has come
     IDLE = 1       # kept alive, no byte of a next request has come
     #                                             -> READING, RECEIVING, WAITING: what has come
@@ -1072,6 +1075,7 @@ class State(enum.IntEnum):
 NEW, IDLE, READING, RECEIVING, WAITING, IN_FLIGHT, CLOSING = State
 
 HEAD_START = 0.001  # seconds that the main thread leaves the interpreter's lock to others
+LOOK_PAUSE = 0.02  # the same while no thread can be started
 RETRY_PAUSE = 0.5  # seconds until the next try when the system has no more to give
 JUST_BUSY = 0.5  # seconds: a connection that was busy so recently is not closed to make room
 POLITE_PAUSE = 0.001  # seconds to step back, so that a worker with fewer connections can accept
@@ -1089,7 +1093,7 @@ REPORT_PAUSE = 0.02  # seconds between two entries in the scoreboard
 SHOWN_REQUESTS = 8  # of those in flight, in the scoreboard
 SHOWN_PATH = 60  # characters of a path, or a method, there
 REQUEST_THREAD = "request-"  # how the names of our threads begin
-PIECE = 16384  # bytes read at once; to take a request off the buffer copies the rest
+PIECE = 16384  # bytes read at once: taking a request off the buffer copies what follows it
 
 NO_DATA_YET = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -1153,8 +1157,8 @@ class Connection:
 class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     """A worker, Part I, as a server. What socketserver calls a request is a Connection here.
 
-    Request threads read `config`, `application` and `life`; the two deques, the sleepers and the
-    bell are for both; everything else belongs to the main thread.
+    Request threads read `config`, `application` and `life`; the deques, the sleepers, the desks and
+    the bell are for both; everything else belongs to the main thread.
     """
 
     application: Application  # from run_worker()
@@ -1231,9 +1235,9 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         self.fork_guard.allow()
 
     def is_done(self) -> bool:
-        if self.life != DRAINING or self.listeners:
-            return False
-        return not self.open_connections or self.now >= self.give_up_at
+        if self.now >= self.give_up_at:  # drain_timeout
+            return True
+        return self.life == DRAINING and not self.listeners and not self.open_connections
 
     def wait(self) -> list[tuple[selectors.SelectorKey, int]]:
         """(main thread) Sleep until something happens or is due; return the selector's events.
@@ -1242,8 +1246,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         - Jobs are looked at before `returned`. A thread fills `returned` before it takes its next
           job, so one of the two is seen here, or the bell rings.
         - A thread may have found no job and not be among the sleepers yet. A job given just then
-          wakes nobody. So this loop never sleeps while there are jobs: the next round finds the
-          sleeper.
+          wakes nobody. So while there are jobs this loop pauses only for the head start, and the
+          next round finds the sleeper.
         - Application threads may fork only while the fork guard allows it, that is, in here.
         """
         self.fork_guard.allow()
@@ -1262,10 +1266,10 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         """(main thread) One thread was woken for all jobs: let it run for HEAD_START.
 
         If the bell has not rung by then, dispatch() wakes another. While no more threads can be
-        started, there is no use in hurrying.
+        started, there is no use in hurrying: then a look now and then is enough.
         """
         no_threads = self.now < self.thread_pause.until
-        is_ready(self.bell, POLLIN, RETRY_PAUSE if no_threads else HEAD_START)
+        is_ready(self.bell, POLLIN, LOOK_PAUSE if no_threads else HEAD_START)
 
     def next_deadline(self) -> float:
         """-> when something is due next, in time.monotonic() seconds. A past timer is off."""
@@ -1368,14 +1372,14 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         Exchange(self, connection).run()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """(request thread) An exchange has failed although it lets no exception out."""
+        """(request thread) A mistake of ours: Exchange.run() should have caught it."""
         log.exception("%s: the exchange failed", client_address)
 
     def shutdown_request(self, connection: Any) -> None:
         """(request thread) Hand the connection back to the main thread.
 
-        With two or more jobs left it need not ring: the main thread does not sleep while there are
-        jobs, see wait().
+        With two or more jobs left it need not ring: while there are jobs the main thread pauses
+        only for a moment, see wait().
         """
         self.returned.append(connection)
         if len(self.jobs) < 2:
@@ -1545,7 +1549,7 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
         connection = self.least_needed()
         if connection:
             connection.deadline = self.now
-            self.expire()
+            self.expire()  # reads it once more before it closes it
         return connection is not None
 
     # Read
@@ -1617,9 +1621,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
     # Close
     def close_answered(self, connection: Connection) -> None:
         """(main thread) After the last answer: close at once if the client can send no more."""
-        came = len(connection.buffer) or connection.receive()
-        client_has_ended = came == 0
-        if came or (connection.must_linger and not client_has_ended):
+        has_ended = not connection.buffer and connection.receive() == 0
+        if connection.buffer or (connection.must_linger and not has_ended):
             self.linger(connection)
         else:
             self.close(connection)
@@ -1717,8 +1720,9 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
                 self.close_listener(listener)
 
     def close_listener(self, listener: Listener) -> None:
-        log.debug("drain: closed the listener of %s", self.listeners.pop(listener))
+        address = self.listeners.pop(listener)
         listener.close()
+        log.debug("drain: closed the listener of %s", address)
 
     def empty_queues(self) -> None:
         """(main thread) Accept whatever is queued at addresses that nobody inherits; close them.
@@ -1932,7 +1936,7 @@ def take_partial_head(connection: Connection) -> State:
     buffer = connection.buffer
     if buffer in (b"", b"\r"):  # an empty line is no request
         return NEW if connection.state == NEW else IDLE
-    # Parse the line once, search each byte once: a head may come in as many pieces as it has bytes.
+    # Parse the line once, and search only what is new: a head may come byte by byte.
     start = max(0, connection.scanned - 1)
     line, crlf, _ = buffer.partition(b"\r\n")
     line_is_new = crlf and len(line) >= start
@@ -2286,6 +2290,7 @@ class Exchange:
                 self.send_pieces(result)
             if self.is_chunked:
                 self.send(b"0\r\n\r\n")
+                self.unsent = 0  # the answer is whole, even if close() raises now
             elif self.unsent:
                 self.keeps = False
                 log.error(
@@ -2939,11 +2944,12 @@ class ForkGuard:
         if self.is_worker:  # only once: in a child's child the descriptors may be something else
             self.is_worker = False
             self.close_everything()
-            # The forked copy of a request thread may return to do_jobs(). No job is there for it.
+            # A forked request thread that returns from the application finds no job, and the bell
+            # closed: it ends.
             self.worker.jobs.clear()
             signal.set_wakeup_fd(-1)
             for signum in signal.valid_signals():
-                if signal.getsignal(signum) == self.worker.bell.note:
+                if signal.getsignal(signum) in (self.worker.bell.note, ignore):
                     signal.signal(signum, signal.SIG_DFL)
         self.after_fork()
 
@@ -2961,8 +2967,8 @@ class ForkGuard:
 
 
 # The guest. The application lives in this process and may change anything there, mostly by
-# accident. These three functions say what of the process is its own: what it finds, what is taken
-# back from it, and how its threads, executors and exit functions end.
+# accident. prepare_for_guest() says what it finds, take_back_from_guest() what it may not keep, and
+# leave() how its threads, executors and exit functions end.
 def prepare_for_guest(bell: Bell, folder: str) -> None:
     """(worker) Before the application is loaded: make the process its own, and unblock signals."""
     for signum in signal.valid_signals():
@@ -2970,7 +2976,7 @@ def prepare_for_guest(bell: Bell, folder: str) -> None:
             signal.signal(signum, signal.SIG_DFL)
     # A stop may have been meant for the whole group. The master ends this process if it must.
     for signum in STOPS:
-        signal.signal(signum, lambda number, frame: None)
+        signal.signal(signum, ignore)
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     bell.handle(signal.SIGHUP, *IGNORED_SIGNALS)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -2982,6 +2988,10 @@ def prepare_for_guest(bell: Bell, folder: str) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
     forget_the_callers_output()
     forget_the_callers_exit_functions()
+
+
+def ignore(signum: int, frame: object) -> None:
+    """A handler, because SIG_IGN would be inherited by programs that the application executes."""
 
 
 def forget_the_callers_output() -> None:
@@ -3024,7 +3034,7 @@ def take_back_from_guest(bell: Bell, config: Config) -> None:
     refuse_replaced(config, "ssl", config.tls and ssl.SSLSocket is not SSLSocket)
     for signum in signal.valid_signals():
         handler = signal.getsignal(signum)
-        if callable(handler):
+        if callable(handler) and handler not in (bell.note, ignore):
             signal.signal(signum, shielded(handler))
     bell.take_wakeups()
     bell.handle(signal.SIGHUP, *STOPS)
@@ -3058,7 +3068,7 @@ def leave(line: Line, status: int) -> NoReturn:
 
     First the application's threads and executors finish, then the exit functions run. A task that
     hangs does not keep them from running: a helper thread runs them after half of the time.
-    Request threads are not waited for: they are idle, or drain_timeout has cut their requests.
+    Request threads are not waited for: they are idle, or their requests are cut by drain_timeout.
     """
     line.say("exiting")
     # The last resort ends the process even if C code holds the interpreter's lock.
@@ -3607,7 +3617,11 @@ def cannot_be_an_application(found: Callable[..., Any]) -> bool:
 
     What a decorator has wrapped does not count: the function around it is what will be called.
     """
-    import inspect  # here, because it is half a megabyte that many workers do not need
+    call = found if hasattr(found, "__code__") else type(found).__call__
+    arguments = 2 if call is found else 3  # with self
+    if getattr(getattr(call, "__code__", None), "co_argcount", 0) == arguments:
+        return False  # the usual case, without two megabytes of inspect in each worker
+    import inspect
 
     try:
         signature = inspect.signature(found, follow_wrapped=False)
