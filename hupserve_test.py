@@ -4425,7 +4425,8 @@ SIM_MUTANTS = {
          "                close_listeners(generation.listeners[address])\n"
          "            if generation.config.pidfile != heir.config.pidfile:\n"
          "                release_pidfile(generation.config.pidfile)\n"
-         "            # Kill those that still boot first: they have a copy, too, and empty no queue.\n"
+         "            # Kill those that still boot first: "
+         "they have a copy, too, and empty no queue.\n"
          "            for child in sorted(self.children.values(), key=lambda child: child.life):\n"
          "                if child.generation is generation and child.life < DRAINING:\n"
          "                    self.order_to_drain(child, dropped - generation.borrowed)\n",
