@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
 """hupserve: a WSGI server that switches to a new configuration without losing a request.
 
     python hupserve.py example.ini          serve
@@ -233,7 +234,7 @@ class Child:
     def __init__(self, generation: Generation, number: int, deaths: int = 0, fork_at: float = 0.0):
         self.generation = generation
         self.number = number
-        self.deaths = deaths  # forks here in a row, none of which became steady or left by itself
+        self.deaths = deaths  # in a row here, since a worker was steady or left by itself
         self.fork_at = fork_at  # the back-off: not before
 
     def enter(self, life: Life) -> None:
@@ -299,10 +300,12 @@ class Child:
 
     def successor(self, now: float) -> Child:
         """-> the one that takes this place, after the back-off."""
+        if self.life == LEAVING:
+            return Child(self.generation, self.number, 0, now)
         was_steady = self.life == SERVING and now - self.since > STEADY
-        deaths = 0 if was_steady or self.life == LEAVING else self.deaths
-        pause = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]
-        return Child(self.generation, self.number, deaths + 1, now + pause)
+        deaths = 1 if was_steady else self.deaths + 1
+        pause = BACK_OFF[min(deaths, len(BACK_OFF)) - 1]
+        return Child(self.generation, self.number, deaths, now + pause)
 
     def __str__(self) -> str:
         return f"worker {self.number} (pid {self.pid})"

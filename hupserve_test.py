@@ -3946,7 +3946,7 @@ class World:
                 key = worker.key
                 has_successor = any(each.key == key for each in self.workers if each is not worker)
                 if worker.has_hurried and not has_successor and not self.places[key][1]:
-                    self.places[key] = [1, 0, 1]
+                    self.places[key] = [0, 0, 1]
 
     def look_at_order(self, worker: SimWorker, dropped: list[str]) -> None:
         """Invariant 4, and rule 4."""
@@ -4021,7 +4021,7 @@ class World:
         self.expect(len(rivals) == len(leaving) <= 1, "two workers in one place")
         _, due, certain = self.places[key]
         if leaving and not due:
-            self.places[key] = [1, 0, 1]
+            self.places[key] = [0, 0, 1]
             for each in others:
                 self.expect(
                     not (each.why == leaving[0].why == "max_requests" and each.is_being_replaced),
@@ -4049,7 +4049,8 @@ class World:
         pauses = self.simulation.back_off
         place[1] = self.woke_at + pauses[min(int(place[0]), len(pauses) - 1)]
         place[2] = abs(served - self.simulation.steady) > SIM_LATE
-        place[0] += 1
+        if not worker.why:
+            place[0] += 1
 
     def look_around(self) -> None:
         """After every turn of the master: what is true whatever has happened?"""
@@ -4399,9 +4400,9 @@ SIM_MUTANTS = {
     "a stop that waits for a place in its back-off":
         ("return child.deaths <= 1 and not self.fork_pause.until", "return True"),
     "no back-off":
-        ("pause = BACK_OFF[min(deaths, len(BACK_OFF) - 1)]", "pause = 0"),
+        ("pause = BACK_OFF[min(deaths, len(BACK_OFF)) - 1]", "pause = 0"),
     "a back-off that is never over":
-        ("0 if was_steady or self.life == LEAVING else self.deaths", "self.deaths"),
+        ("deaths = 1 if was_steady else self.deaths + 1", "deaths = self.deaths + 1"),
     "a successor that takes over before it is ready":
         ("if old and (old.hurries or child.has_begun):", "if old and child.life >= BOOTING:"),
     "a successor that takes over before it serves":
