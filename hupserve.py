@@ -489,7 +489,7 @@ class Master:
         self.status = self.status or 1
         self.drop_all_addresses()
         for child in self.children.values():
-            child.signal(signal.SIGKILL)
+            self.kill(child)
 
     # What comes from below
     def reap(self) -> None:
@@ -1276,6 +1276,8 @@ class Worker(WorkerLife, socketserver.ThreadingMixIn, socketserver.BaseServer):
 
     def next_deadline(self) -> float:
         """-> when something is due next, in time.monotonic() seconds. A past timer is off."""
+        if self.life == DRAINING and self.listeners and self.now >= self.accept_pause.until:
+            return self.now  # empty_queues() goes on in the next round
         timers = (
             self.accept_pause.until,
             self.polite_until,
